@@ -1,0 +1,115 @@
+"""What the decode benchmark's contestants share: the model, the timed loop, the facts of the machine.
+
+Runs under each contestant's own Python, so it needs torch and transformers only, and no fixed version of either.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One measurement; sizes in tokens."""
+
+    prompt: int = 16384
+    tokens: int = 24
+    warm_up: int = 2
+    threads: int = 2
+    budget: int = 1638
+    observe: int = 64
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def build_model(setting: Setting):
+    """The issue's random Llama: 4 layers, 16/4 heads, head_dim 64, float32; the same weights in every environment."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2 * setting.prompt,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompt_ids(setting: Setting):
+    """Token ids [1, prompt], the same in every environment."""
+    import torch
+
+    return torch.randint(3, 512, (1, setting.prompt), generator=torch.Generator().manual_seed(1))
+
+
+def time_decode(model, setting: Setting, prefill) -> dict[str, object]:
+    """Times `prefill(ids) -> (last logits, cache)` once and then each greedy step alone.
+
+    Positions are explicit, because a cache that dropped entries no longer tells the length of the text.
+    Gives seconds of the prefill, milliseconds of each step and their median, and the cache.
+    """
+    import torch
+
+    ids = prompt_ids(setting)
+    with torch.no_grad():
+        start = time.perf_counter()
+        logits, cache = prefill(ids)
+        prefill_seconds = time.perf_counter() - start
+        steps = []
+        for i in range(setting.warm_up + setting.tokens):
+            token = logits[:, -1:].argmax(-1)
+            place = torch.tensor([[setting.prompt + i]])
+            start = time.perf_counter()
+            out = model(token, past_key_values=cache, position_ids=place)
+            steps.append((time.perf_counter() - start) * 1e3)
+            logits = out.logits
+    timed = steps[setting.warm_up :]
+    return {
+        "prefill_seconds": round(prefill_seconds, 3),
+        "step_ms": [round(ms, 3) for ms in timed],
+        "median_ms": round(statistics.median(timed), 3),
+        "cache": cache,
+    }
+
+
+def cache_bytes(cache) -> int:
+    """Keys and values that a Hugging Face cache holds."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def machine() -> dict[str, object]:
+    """The processor as the system names it, its threads and the platform."""
+    import os
+
+    name = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        names = [line.split(":", 1)[1].strip() for line in listing.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Installed versions of the named distributions, absent ones left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,253 @@
+"""The `kv` dialect, facts: what a policy declares, its classes of rows, their sites, and the policy itself.
+
+One `kv.policy` holds expressions, sets and facts in one flat block; classes are named by symbol.
+Guarantees: the policy verifies that every state, landmark, unit and class that is named is declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from xdsl.dialects.builtin import (
+    ArrayAttr,
+    DenseArrayBase,
+    FlatSymbolRefAttr,
+    IntegerAttr,
+    StringAttr,
+    SymbolNameConstraint,
+    SymbolRefAttr,
+    i64,
+)
+from xdsl.ir import Attribute, Block, Dialect, Region, SSAValue
+from xdsl.irdl import (
+    IRDLOperation,
+    irdl_op_definition,
+    operand_def,
+    opt_operand_def,
+    opt_prop_def,
+    prop_def,
+    region_def,
+    traits_def,
+    var_operand_def,
+)
+from xdsl.traits import IsolatedFromAbove, NoTerminator, SymbolOpInterface
+from xdsl.utils.exceptions import VerifyException
+
+from kvcompile.dsl import dialect as kv
+from kvcompile.dsl.dialect import INT, ExprType, axes_of, one_of, rational
+from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, SetType, TopOp, TriggerAttr, UnionOp
+
+
+@irdl_op_definition
+class StateOp(IRDLOperation):
+    """A float32 per entry: starts at `init`, grows by `add` for every query that reads.
+
+    `kv.state "acc" init %0 add %1 : !kv.expr<""> , !kv.expr<"i">`
+    """
+
+    name = "kv.state"
+    label = prop_def(StringAttr)
+    init = operand_def(ExprType)
+    add = opt_operand_def(ExprType)
+    assembly_format = "$label `init` $init (`add` $add^ `:` type($add))? `from` type($init) attr-dict"
+
+    def __init__(self, label: str, init: SSAValue, add: SSAValue | None) -> None:
+        super().__init__(operands=[init, add], properties={"label": StringAttr(label)})
+
+    def verify_(self) -> None:
+        if axes_of(self.init) not in ("", "i"):
+            raise VerifyException(f"a state starts from one value per entry, not from axes '{axes_of(self.init)}'")
+        if self.add is not None and axes_of(self.add) != "i":
+            raise VerifyException(f"a state grows by one value per entry, found axes '{axes_of(self.add)}'")
+
+
+@irdl_op_definition
+class UnitOp(IRDLOperation):
+    """Units of a fixed size: `kv.unit "lot" size 1024 from 16 with ["klo"] %0 : !kv.expr<"ud">`."""
+
+    name = "kv.unit"
+    label = prop_def(StringAttr)
+    size = prop_def(INT)
+    offset = prop_def(INT)
+    names = prop_def(ArrayAttr[StringAttr])
+    landmarks = var_operand_def(ExprType)
+    assembly_format = "$label `size` $size `from` $offset `with` $names ($landmarks^ `:` type($landmarks))? attr-dict"
+
+    def __init__(self, label: str, size: int, offset: int, landmarks: Sequence[tuple[str, SSAValue]]) -> None:
+        properties: dict[str, Attribute] = {
+            "label": StringAttr(label),
+            "size": IntegerAttr(size, i64),
+            "offset": IntegerAttr(offset, i64),
+            "names": ArrayAttr([StringAttr(name) for name, _ in landmarks]),
+        }
+        super().__init__(operands=[[value for _, value in landmarks]], properties=properties)
+
+    def verify_(self) -> None:
+        if self.size.value.data < 1 or self.offset.value.data < 0:
+            raise VerifyException("a unit has a positive size and starts at 0 or later")
+        if len(self.names) != len(self.landmarks):
+            raise VerifyException(f"{len(self.names)} names for {len(self.landmarks)} landmarks")
+        for name, value in zip(self.names, self.landmarks, strict=True):
+            if axes_of(value) not in ("u", "ud"):
+                raise VerifyException(f"landmark {name.data} has axes '{axes_of(value)}', expected 'u' or 'ud'")
+
+
+@irdl_op_definition
+class HeadsOp(IRDLOperation):
+    """One source of a head class: `kv.heads "retrieval" table "masks.tsv" top "3/10"`, `kv.heads "local" rest`."""
+
+    name = "kv.heads"
+    label = prop_def(StringAttr)
+    kind = prop_def(StringAttr)
+    source = prop_def(StringAttr)
+    top = opt_prop_def(StringAttr)
+    assembly_format = "$label $kind $source (`top` $top^)? attr-dict"
+
+    def __init__(self, label: str, kind: str, source: str = "", top: Fraction | None = None) -> None:
+        properties: dict[str, Attribute] = {
+            "label": StringAttr(label),
+            "kind": StringAttr(kind),
+            "source": StringAttr(source),
+        }
+        if top is not None:
+            properties["top"] = StringAttr(str(top))
+        super().__init__(properties=properties)
+
+    def verify_(self) -> None:
+        one_of("head source", self.kind.data, ("table", "same", "rest"))
+        if self.top is not None and not 0 <= rational(self.top) <= 1:
+            raise VerifyException(f"top {self.top.data} is not between 0 and 1")
+
+
+@irdl_op_definition
+class ClassOp(IRDLOperation):
+    """A class of rows, as its prefix says: `kv.class @local heads "local" layers array<i64: 2, -1>`.
+
+    `layers` holds pairs of first and last layer, both included, negative ones counted from the end (-1 is the
+    last); empty for `layers rest`. Without heads and layers: every row that no other class takes.
+    """
+
+    name = "kv.class"
+    sym_name = prop_def(SymbolNameConstraint())
+    heads = opt_prop_def(StringAttr)
+    layers = opt_prop_def(DenseArrayBase.constr(i64))
+    traits = traits_def(SymbolOpInterface())
+    assembly_format = "$sym_name (`heads` $heads^)? (`layers` $layers^)? attr-dict"
+
+    def __init__(self, name: str, heads: str | None, layers: Sequence[tuple[int, int]] | None) -> None:
+        properties: dict[str, Attribute] = {"sym_name": StringAttr(name)}
+        if heads is not None:
+            properties["heads"] = StringAttr(heads)
+        if layers is not None:
+            properties["layers"] = DenseArrayBase.from_list(i64, [end for pair in layers for end in pair])
+        super().__init__(properties=properties)
+
+    def ranges(self) -> tuple[tuple[int, int], ...] | None:
+        """Pairs of first and last layer, or None where layers are not named."""
+        if self.layers is None:
+            return None
+        ends = tuple(self.layers.iter_values())
+        return tuple(zip(ends[::2], ends[1::2], strict=True))
+
+    def verify_(self) -> None:
+        if self.layers is not None and len(self.layers) % 2:
+            raise VerifyException("layers are pairs of first and last")
+
+
+@irdl_op_definition
+class SiteOp(IRDLOperation):
+    """The class of each KV head of one layer, once bound to a model: `kv.site 3 [@local, @retrieval]`."""
+
+    name = "kv.site"
+    layer = prop_def(INT)
+    classes = prop_def(ArrayAttr[FlatSymbolRefAttr])
+    assembly_format = "$layer $classes attr-dict"
+
+    def __init__(self, layer: int, classes: Sequence[str]) -> None:
+        refs = ArrayAttr([SymbolRefAttr(name) for name in classes])
+        super().__init__(properties={"layer": IntegerAttr(layer, i64), "classes": refs})
+
+
+@irdl_op_definition
+class ScheduleOp(IRDLOperation):
+    """How forwards run: piece size (0: the whole prompt), peeked tokens, newest queries kept, tokens a page."""
+
+    name = "kv.schedule"
+    chunk = prop_def(INT)
+    peek = prop_def(INT)
+    window = prop_def(INT)
+    page = prop_def(INT)
+    assembly_format = "`chunk` $chunk `peek` $peek `window` $window `page` $page attr-dict"
+
+    def __init__(self, chunk: int, peek: int, window: int, page: int) -> None:
+        values = {"chunk": chunk, "peek": peek, "window": window, "page": page}
+        super().__init__(properties={name: IntegerAttr(value, i64) for name, value in values.items()})
+
+    def verify_(self) -> None:
+        page = self.page.value.data
+        if page < 1 or page & (page - 1):
+            raise VerifyException(f"page of {page} tokens is not a power of two")
+        if min(self.chunk.value.data, self.peek.value.data, self.window.value.data) < 0:
+            raise VerifyException("a schedule has no negative sizes")
+
+
+@irdl_op_definition
+class PolicyOp(IRDLOperation):
+    """A policy: `kv.policy @snapkv digest "..." { ... }`."""
+
+    name = "kv.policy"
+    sym_name = prop_def(SymbolNameConstraint())
+    digest = prop_def(StringAttr)
+    body = region_def("single_block")
+    traits = traits_def(NoTerminator(), SymbolOpInterface(), IsolatedFromAbove())
+    assembly_format = "$sym_name `digest` $digest $body attr-dict"
+
+    def __init__(self, name: str, digest: str, body: Region | None = None) -> None:
+        super().__init__(
+            properties={"sym_name": StringAttr(name), "digest": StringAttr(digest)},
+            regions=[body or Region(Block())],
+        )
+
+    def verify_(self) -> None:
+        ops = list(self.body.block.ops)
+        classes = [op.sym_name.data for op in ops if isinstance(op, ClassOp)]
+        keeps = [op.of.root_reference.data for op in ops if isinstance(op, KeepOp)]
+        for names, what in ((classes, "class"), (keeps, "keep of class")):
+            if len(set(names)) != len(names):
+                raise VerifyException(f"a {what} is there twice: {', '.join(sorted(names))}")
+        states = {op.label.data for op in ops if isinstance(op, StateOp)}
+        units = {op.label.data: op for op in ops if isinstance(op, UnitOp)}
+        for op in ops:
+            match op:
+                case KeepOp() if op.of.root_reference.data not in classes:
+                    raise VerifyException(f"keep of an undeclared class '{op.of.root_reference.data}'")
+                case SiteOp() if missing := {ref.root_reference.data for ref in op.classes} - set(classes):
+                    raise VerifyException(f"site of undeclared classes {', '.join(sorted(missing))}")
+                case kv.ReadOp() if op.state.data not in states:
+                    raise VerifyException(f"undeclared state '{op.state.data}'")
+                case kv.LandmarkOp():
+                    _check_landmark(op, units.get(op.unit.data))
+                case RegionOp() | TopOp() if op.unit is not None and op.unit.data not in units:
+                    raise VerifyException(f"undeclared unit '{op.unit.data}'")
+                case _:
+                    pass
+
+
+def _check_landmark(op: kv.LandmarkOp, unit: UnitOp | None) -> None:
+    if unit is None:
+        raise VerifyException(f"undeclared unit '{op.unit.data}'")
+    declared = {name.data: axes_of(value) for name, value in zip(unit.names, unit.landmarks, strict=True)}
+    if declared.get(op.landmark.data) != axes_of(op.res):
+        raise VerifyException(f"unit '{op.unit.data}' has no landmark '{op.landmark.data}' of these axes")
+
+
+KV = Dialect(
+    "kv",
+    [
+        *(kv.ConstOp, kv.ScalarOp, kv.FieldOp, kv.EvidenceOp, kv.ReadOp, kv.LandmarkOp, kv.ReduceOp, kv.PoolOp),
+        *(kv.UnaryOp, kv.BinaryOp, kv.PairOp, kv.CountOp, RegionOp, TopOp, UnionOp, StateOp, UnitOp, HeadsOp),
+        *(ClassOp, SiteOp, KeepOp, ScheduleOp, PolicyOp),
+    ],
+    [kv.ExprType, kv.CountType, SetType, TriggerAttr],
+)

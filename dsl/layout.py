@@ -1,0 +1,98 @@
+"""Line structure: which line ends close a clause, where blocks open and close.
+
+Takes the lexer's tokens of a text without blank or comment lines at its end; gives the stream that the grammar
+wants (`_NL`, `_INDENT`, `_DEDENT`). Guarantees: a block opens only after a line whose last token is a colon; other
+deeper lines, and lines inside brackets, continue the clause above; nesting is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lark.lark import PostLex
+from lark.lexer import Token
+
+MAX_NESTING = 64
+
+_OPEN = frozenset({"LPAR", "LSQB"})
+_CLOSE = frozenset({"RPAR", "RSQB"})
+
+
+class LayoutError(Exception):
+    """A fault of layout, as offsets into the text; the parser turns it into a finding."""
+
+    def __init__(self, code: str, message: str, start: int, end: int, hint: str) -> None:
+        super().__init__(message)
+        self.code, self.message, self.start, self.end, self.hint = code, message, start, end, hint
+
+
+class Layout(PostLex):
+    """The post-lexer. It keeps nothing between texts: all state lives in one run of `process`."""
+
+    always_accept = ("_NL",)
+
+    def process(self, stream: Iterator[Token]) -> Iterator[Token]:
+        """Rewrite the line ends of one text."""
+        indents = [0]
+        depth = 0
+        previous: Token | None = None
+        for token in stream:
+            if token.type == "_NL":
+                if depth == 0:
+                    yield from _line_end(token, previous, indents)
+                continue
+            depth = max(depth + (token.type in _OPEN) - (token.type in _CLOSE), 0)
+            if depth > MAX_NESTING:
+                raise LayoutError("K008", f"brackets are nested more than {MAX_NESTING} deep", *_place(token),
+                                  "name a part of the expression as a score")  # fmt: skip
+            previous = token
+            yield token
+        if previous is None:
+            return
+        if previous.type == "COLON":
+            raise _empty_block(previous)
+        last = _place(previous)[1]
+        if depth == 0:
+            yield Token("_NL", "", start_pos=last, end_pos=last)
+            yield from (Token("_DEDENT", "", start_pos=last, end_pos=last) for _ in indents[1:])
+
+
+def _line_end(token: Token, previous: Token | None, indents: list[int]) -> Iterator[Token]:
+    tail = token.rsplit("\n", 1)[1]
+    width = len(tail)
+    end = _place(token)[1]
+    if "\t" in tail:
+        raise LayoutError("K004", "a tab in the indentation", end - width, end, "indent by spaces")
+    if previous is None:
+        if width:
+            raise LayoutError("K004", "the text begins indented", end - width, end,
+                              "`policy`, `heads` and `learn` begin in column 1")  # fmt: skip
+        yield token
+        return
+    if previous.type == "COLON":
+        if width <= indents[-1]:
+            raise _empty_block(previous)
+        if len(indents) > MAX_NESTING:
+            raise LayoutError("K008", f"blocks are nested more than {MAX_NESTING} deep", end - width, end, "flatten them")
+        indents.append(width)
+        yield token
+        yield Token.new_borrow_pos("_INDENT", "", token)
+        return
+    if width > indents[-1]:
+        return  # the clause above goes on
+    yield token
+    while width < indents[-1]:
+        indents.pop()
+        yield Token.new_borrow_pos("_DEDENT", "", token)
+    if width != indents[-1]:
+        raise LayoutError("K004", "this line is as deep as no block above it", end - width, end,
+                          "give every clause of a block the same indentation")  # fmt: skip
+
+
+def _empty_block(colon: Token) -> LayoutError:
+    return LayoutError("K006", "no clauses follow the `:`", *_place(colon),
+                       "indent the clauses below it, or leave the `:` out of a policy without clauses")  # fmt: skip
+
+
+def _place(token: Token) -> tuple[int, int]:
+    return token.start_pos or 0, token.end_pos or 0

@@ -1,0 +1,121 @@
+"""From a policy argument to a parsed file and one chosen policy.
+
+Takes a text (it has a line break), a path (it ends in `.kvp` or holds a separator), the name of a library
+policy, a `File` or a `Loaded`; gives `Loaded`. Guarantees: whatever the argument, the only exception is
+PolicyError with place, reason and way out; at most 1 MiB is read.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from kvcompile.dsl import ast, library
+from kvcompile.dsl.diagnostics import did_you_mean, fail, outside
+from kvcompile.dsl.parser import MAX_BYTES, parse
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A parsed file, the policy chosen from it, and the folder that relative table paths count from.
+
+    `base` is None for library files: their tables are given by the caller.
+    """
+
+    file: ast.File
+    policy: ast.Policy
+    base: Path | None
+
+
+def load(policy: object, name: str | None = None, base: str | os.PathLike[str] | None = None) -> Loaded:
+    """Find, read and parse `policy`. `name` picks one of several policies; `base` replaces the table folder."""
+    if isinstance(policy, Loaded) and name in (None, policy.policy.name):
+        return policy
+    file, folder, wanted = _open(policy)
+    return Loaded(file, _choose(file, name or wanted), Path(base) if base is not None else folder)
+
+
+@lru_cache(maxsize=128)
+def library_file(name: str) -> ast.File:
+    """The parsed file of a library policy. KeyError for an unknown name."""
+    return parse(library.read(name), f"library/{name}.kvp")
+
+
+def _open(policy: object) -> tuple[ast.File, Path | None, str | None]:
+    if isinstance(policy, Loaded):
+        return policy.file, policy.base, None
+    if isinstance(policy, ast.File):
+        return policy, Path.cwd(), None
+    if isinstance(policy, os.PathLike):
+        return _from_path(os.fspath(policy))
+    if not isinstance(policy, str):
+        raise fail("K015", f"a policy cannot be a {type(policy).__name__}", outside("<policy>"),
+                   "give a policy text, the path of a .kvp file, or the name of a library policy")  # fmt: skip
+    if "\n" in policy or "\r" in policy:
+        return parse(policy, "<text>"), Path.cwd(), None
+    if policy.endswith(".kvp") or "/" in policy or os.sep in policy:
+        return _from_path(policy)
+    return _from_library(policy)
+
+
+def _from_library(name: str) -> tuple[ast.File, Path | None, str | None]:
+    if name in library.names():
+        return library_file(name), None, name
+    if not name.strip():
+        raise fail("K015", "the policy is empty", outside("<policy>"), "name a library policy, such as `snapkv`")
+    short = name if len(name) <= 60 else name[:57] + "..."
+    if ":" in name or "(" in name:
+        raise fail("K015", f"`{short}` is neither a library policy nor a path", outside("<policy>"),
+                   "a policy text has a line break after its header")  # fmt: skip
+    hint = did_you_mean(name, library.names(), "library policies")
+    if Path(name + ".kvp").is_file():
+        hint = f"for the file in this folder write `./{name}.kvp`"
+    raise fail("K013", f"no policy `{short}` in the library", outside(short), hint)
+
+
+def _from_path(path: str | bytes) -> tuple[ast.File, Path | None, str | None]:
+    shown = os.fsdecode(path)
+    where = Path(shown)
+    try:
+        if where.is_dir():
+            inside = sorted(p.name for p in where.glob("*.kvp"))[:5]
+            hint = f"it holds {', '.join(inside)}" if inside else "name a .kvp file inside it"
+            raise fail("K011", "the policy path is a directory", outside(shown), hint)
+        with where.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        known = where.name.removesuffix(".kvp")
+        near = [p.name for p in where.parent.glob("*.kvp")] if where.parent.is_dir() else []
+        hint = f"the library has `{known}`: leave out the path" if known in library.names() else ""
+        raise fail("K011", "no such policy file", outside(shown),
+                   hint or did_you_mean(where.name, near, f"in {where.parent}") or "check the path") from None  # fmt: skip
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise fail("K010", f"cannot read the policy file: {reason}", outside(shown), "check the path and its rights") from None
+    if len(data) > MAX_BYTES:
+        raise fail("K009", f"the policy file is larger than {MAX_BYTES} bytes", outside(shown), "is this a policy file?")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise fail("K010", f"the policy file is not UTF-8 (byte {error.start})", outside(shown), "save it as UTF-8 text") from None
+    return parse(text, shown), where.parent, None
+
+
+def _choose(file: ast.File, name: str | None) -> ast.Policy:
+    known = [policy.name for policy in file.policies]
+    where = file.source.span(0, 0)
+    if name is not None:
+        found = file.policy(name)
+        if found is None:
+            hint = did_you_mean(name, known, "policies here") or "the text holds no policy"
+            raise fail("K013", f"no policy `{name}` in {file.source.name}", outside(file.source.name), hint)
+        return found
+    if not known:
+        raise fail("K012", "the text holds no policy", where, "write `policy NAME():` and its clauses below it, indented")
+    if len(known) > 1:
+        listed = ", ".join(known[:20])
+        raise fail("K012", f"the text holds {len(known)} policies: {listed}", file.policies[1].header,
+                   f'pick one, such as name="{known[0]}"')  # fmt: skip
+    return file.policies[0]

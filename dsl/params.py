@@ -1,0 +1,167 @@
+"""Parameters: defaults of a lineage, overrides by the caller, and their substitution into clauses.
+
+Takes a lineage and overrides as numbers or text of the language; gives one expression per parameter and
+rewritten nodes. Guarantees: numbers stay exact (0.1 is 1/10), values fit what the default stands for, and
+no value refers to a parameter any more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Rational, Real
+from typing import TypeVar, cast
+
+from kvcompile.dsl import ast
+from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, did_you_mean, fail, finding, outside
+from kvcompile.dsl.load import Loaded
+from kvcompile.dsl.parser import parse_value
+from kvcompile.dsl.source import Span
+
+N = TypeVar("N", bound=ast.Node)
+Values = dict[str, ast.Expr]
+
+_LARGEST = Fraction(10) ** 18
+
+
+def bind_params(line: tuple[Loaded, ...], overrides: Mapping[str, object]) -> tuple[Values, set[str]]:
+    """Values by name, the child's own parameters first, and the names that other defaults read."""
+    child = line[0].policy
+    defaults: dict[str, ast.Param] = {}
+    for link in line:
+        for param in link.policy.params:
+            defaults.setdefault(param.name, param)
+    unknown = [
+        finding("K104", f"policy `{child.name}` has no parameter `{name}`", child.header,
+                did_you_mean(name, defaults, "its parameters") or "it takes no parameters")
+        for name in overrides
+        if name not in defaults
+    ]  # fmt: skip
+    if unknown:
+        raise PolicyError(*unknown)
+    chosen = {name: param.default for name, param in defaults.items()}
+    problems: list[Diagnostic] = []
+    for name, value in overrides.items():
+        try:
+            chosen[name] = _fit(name, defaults[name].default, _expression(name, value))
+        except PolicyError as error:
+            problems += error.diagnostics
+    if problems:
+        raise PolicyError(*problems)
+    for name, param in defaults.items():
+        if chosen[name] is param.default:
+            owner = _inherited_default(line, name)
+            if owner is not None and param.default is not owner:
+                chosen[name] = _fit(name, owner, param.default)
+    used: set[str] = set()
+    values: Values = {}
+    for name in defaults:
+        _settle(name, chosen, values, used, ())
+    return values, used
+
+
+def substitute(node: N, values: Mapping[str, ast.Expr], used: set[str]) -> N:
+    """The node with every parameter name replaced by its value, at the place of the name."""
+    if isinstance(node, ast.Name) and node.id in values:
+        used.add(node.id)
+        return cast(N, replace(values[node.id], span=node.span))
+    changed: dict[str, object] = {}
+    for spec in fields(node):
+        old = getattr(node, spec.name)
+        if isinstance(old, ast.Node):
+            new: object = substitute(old, values, used)
+        elif isinstance(old, tuple):
+            items = [substitute(item, values, used) if isinstance(item, ast.Node) else item for item in old]
+            new = tuple(items) if any(a is not b for a, b in zip(items, old, strict=True)) else old
+        else:
+            continue
+        if new is not old:
+            changed[spec.name] = new
+    if isinstance(node, ast.Portion) and isinstance(changed.get("fraction"), ast.Portion):
+        inner = cast(ast.Portion, changed["fraction"])
+        raise fail("K109", f"`{_portion(inner)}` cannot be taken `of {node.of}` again", node.span, "give a bare percentage here")
+    return replace(node, **changed) if changed else node
+
+
+def _inherited_default(line: tuple[Loaded, ...], name: str) -> ast.Expr | None:
+    """The oldest default of a parameter: it says what the clauses take the parameter for."""
+    found = [p.default for link in line for p in link.policy.params if p.name == name]
+    return found[-1] if found else None
+
+
+def _settle(name: str, chosen: Values, values: Values, used: set[str], path: tuple[str, ...]) -> None:
+    if name in values:
+        return
+    if name in path:
+        raise fail("K108", f"parameters refer to each other: {' -> '.join((*path, name))}", chosen[name].span,
+                   "give one of them a number")  # fmt: skip
+    for part in chosen[name].walk():
+        if isinstance(part, ast.Name) and part.id in chosen:
+            _settle(part.id, chosen, values, used, (*path, name))
+    values[name] = substitute(chosen[name], values, used)
+
+
+def _expression(name: str, value: object) -> ast.Expr:
+    """An override as an expression of the language."""
+    where = outside(f"<{name}={value!r:.60}>")
+    if isinstance(value, str):
+        if not value.strip():
+            raise fail("K109", f"the value of `{name}` is empty", where, "give a number, or text such as `10% of prompt`")
+        return parse_value(value, f"<{name}>")
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
+        kind = type(value).__name__
+        raise fail("K109", f"`{name}` cannot be a {kind}", where, "give a number, or text such as `10% of prompt`")
+    if isinstance(value, Rational):
+        number, kind = Fraction(int(value.numerator), int(value.denominator)), "int" if value.denominator == 1 else "float"
+    else:
+        if not math.isfinite(float(value)):
+            raise fail("K109", f"`{name}` is {value}, which is no number of tokens", where, "give a finite number")
+        number, kind = Fraction(str(value)), "float"
+    if abs(number) > _LARGEST:
+        raise fail("K007", f"the value of `{name}` is too large to be meant", where, "numbers go up to 1e18")
+    return ast.Number(number, kind, span=where)  # type: ignore[arg-type]
+
+
+def _fit(name: str, default: ast.Expr, value: ast.Expr) -> ast.Expr:
+    """`value` as what `default` stands for. Percentages may be given as plain fractions; counts may not."""
+    where = value.span
+    if isinstance(default, ast.Text) != isinstance(value, ast.Text):
+        wants, got = ("a string", "a number") if isinstance(default, ast.Text) else ("a number", "a string")
+        raise fail("K109", f"`{name}` stands for {wants}, not {got}", where, "its default is " + _shown(default))
+    if not isinstance(value, ast.Number):
+        return value
+    if isinstance(default, ast.Number) and default.kind == "percent":
+        return _as_percent(name, value, where)
+    plain_count = isinstance(default, ast.Number) and default.kind in ("int", "size", "bytes")
+    if plain_count and value.kind == "percent":
+        raise fail("K109", f"`{name}` counts tokens, and {_shown(value)} does not say of what", where,
+                   f"write `{_shown(value)} of prompt`, or of len or chunk")  # fmt: skip
+    if plain_count and value.value.denominator != 1:
+        raise fail("K109", f"`{name}` is a whole number, not {_shown(value)}", where,
+                   "for a part of the prompt write text such as `30% of prompt`")  # fmt: skip
+    if isinstance(default, ast.Portion) and value.value.denominator != 1:
+        raise fail("K109", f"`{name}` counts tokens, and {_shown(value)} does not say of what", where,
+                   f"write `{float(value.value * 100):g}% of {default.of}`, or a whole number of tokens")  # fmt: skip
+    if value.kind == "float" and value.value.denominator == 1:
+        return ast.Number(value.value, "int", span=where)
+    return value
+
+
+def _as_percent(name: str, value: ast.Number, where: Span) -> ast.Number:
+    if value.kind != "percent" and value.value > 1:
+        raise fail("K109", f"`{name}` is a percentage, not {_shown(value)}", where,
+                   f'write "{_shown(value)}%" or {float(value.value / 100):g}')  # fmt: skip
+    return ast.Number(value.value, "percent", span=where)
+
+
+def _shown(node: ast.Expr) -> str:
+    if isinstance(node, ast.Number):
+        return f"{float(node.value * 100):g}%" if node.kind == "percent" else f"{float(node.value):g}"
+    return node.span.text or type(node).__name__.lower()
+
+
+def _portion(node: ast.Portion) -> str:
+    return f"{_shown(node.fraction)} of {node.of}"

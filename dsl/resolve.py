@@ -1,0 +1,150 @@
+"""A loaded policy without parents, parameters or blocks left to look up.
+
+Takes a `Loaded` and parameter overrides; gives `Resolved`: clauses flat, each with its prefixes and triggers,
+parameters substituted, head classes and learn blocks in scope. Guarantees: every parameter has a value that
+holds no other parameter; `digest` depends on meaning only, not on white space, comments or spelling of numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcompile.dsl import ast
+from kvcompile.dsl.diagnostics import Diagnostic, finding
+from kvcompile.dsl.inherit import Flat, lineage, merge
+from kvcompile.dsl.load import Loaded
+from kvcompile.dsl.params import bind_params, substitute
+from kvcompile.dsl.printer import canonical
+from kvcompile.dsl.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A clause (never an `at` or a prefix block) with the prefixes around it, outermost first.
+
+    `triggers` are those of the `at` that governs a set clause (keep, attend, store, pick); empty for
+    the others, and where no `at` governs.
+    """
+
+    clause: ast.Clause
+    prefixes: tuple[ast.Prefix, ...] = ()
+    triggers: tuple[ast.Trigger, ...] = ()
+
+    @property
+    def heads(self) -> str | None:
+        """The head class of the innermost heads prefix, or None for all heads."""
+        return next((p.name for p in reversed(self.prefixes) if isinstance(p, ast.HeadsPrefix)), None)
+
+    @property
+    def layers(self) -> ast.LayersPrefix | None:
+        """The innermost layers prefix, or None for all layers."""
+        return next((p for p in reversed(self.prefixes) if isinstance(p, ast.LayersPrefix)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadClass:
+    """A head class declaration and the folder its table paths count from (None: only the caller can give them)."""
+
+    decl: ast.HeadsDecl
+    base: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A policy ready to be checked and lowered.
+
+    `heads` holds the classes that prefixes use, directly or through another class, in the order declared.
+    `states` are split: one assignment per `State` clause. `findings` came up while resolving.
+    """
+
+    name: str
+    header: ast.Policy
+    params: tuple[tuple[str, ast.Expr], ...]
+    clauses: tuple[Placed, ...]
+    ats: tuple[Placed, ...]
+    heads: tuple[HeadClass, ...]
+    learns: tuple[ast.Learn, ...]
+    sources: tuple[Source, ...]
+    digest: str
+    findings: tuple[Diagnostic, ...] = ()
+
+    def of(self, *kinds: type[ast.Node]) -> tuple[Placed, ...]:
+        """The clauses of these kinds, in order."""
+        return tuple(placed for placed in self.clauses if isinstance(placed.clause, kinds))
+
+
+def resolve(loaded: Loaded, params: Mapping[str, object] | None = None) -> Resolved:
+    """Merge parents, apply overrides, substitute parameters. PolicyError for what cannot be resolved."""
+    line = lineage(loaded)
+    values, unused_in = bind_params(line, dict(params or {}))
+    merged = [Flat(flat.prefixes, flat.clause) for flat in merge(line)]
+    used: set[str] = set()
+    flat = [Flat(f.prefixes, substitute(f.clause, values, used)) for f in merged]
+    placed = _place(flat)
+    clauses = tuple(p for p in placed if not isinstance(p.clause, ast.At))
+    heads = _heads_in_scope(line, placed)
+    learns = tuple(lrn for link in line[:1] for lrn in link.file.learns if lrn.policy.id == loaded.policy.name)
+    findings = [
+        finding("K117", f"no clause of `{loaded.policy.name}` reads the parameter `{p.name}`", p.name_span,
+                "remove it, or use it in a clause")
+        for p in loaded.policy.params
+        if p.name not in used | unused_in
+    ]  # fmt: skip
+    sources = tuple(dict.fromkeys(link.file.source for link in line))
+    return Resolved(
+        name=loaded.policy.name,
+        header=loaded.policy,
+        params=tuple(values.items()),
+        clauses=clauses,
+        ats=tuple(p for p in placed if isinstance(p.clause, ast.At)),
+        heads=heads,
+        learns=learns,
+        sources=sources,
+        digest=_digest(clauses, heads),
+        findings=tuple(findings),
+    )
+
+
+def _place(flat: list[Flat]) -> list[Placed]:
+    """Give each set clause the triggers of its `at`: the next one below whose prefixes enclose the clause,
+    or the policy's only one wherever it stands (rule 7)."""
+    ats = [(i, f.prefixes, f.clause) for i, f in enumerate(flat) if isinstance(f.clause, ast.At)]
+
+    def governing(index: int, prefixes: tuple[ast.Prefix, ...]) -> tuple[ast.Trigger, ...]:
+        if len(ats) == 1:
+            return ats[0][2].triggers
+        below = (at for i, outer, at in ats if i > index and prefixes[: len(outer)] == outer)
+        found = next(below, None)
+        return found.triggers if found is not None else ()
+
+    sets = (ast.Keep, ast.Attend, ast.Store, ast.Pick)
+    return [
+        Placed(f.clause, f.prefixes, governing(i, f.prefixes) if isinstance(f.clause, sets) else ())
+        for i, f in enumerate(flat)
+    ]
+
+
+def _heads_in_scope(line: tuple[Loaded, ...], placed: list[Placed]) -> tuple[HeadClass, ...]:
+    known: dict[str, HeadClass] = {}
+    for link in line:
+        for decl in link.file.heads:
+            known.setdefault(decl.name, HeadClass(decl, link.base))
+    wanted = [p.name for item in placed for p in item.prefixes if isinstance(p, ast.HeadsPrefix)]
+    needed: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        if name in needed or name not in known:
+            continue
+        needed.add(name)
+        wanted += [s.name for s in known[name].decl.sources if isinstance(s, ast.HeadsSame)]
+    return tuple(head for name, head in known.items() if name in needed)
+
+
+def _digest(clauses: tuple[Placed, ...], heads: tuple[HeadClass, ...]) -> str:
+    """SHA-256, first 16 hex digits, of the meaning: clauses with prefixes and triggers, and head classes."""
+    text = [canonical(head.decl) for head in heads]
+    text += [canonical(node) for placed in clauses for node in (*placed.prefixes, placed.clause, *placed.triggers)]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]

@@ -1,0 +1,218 @@
+"""Syntax errors in words of the language.
+
+Takes lark's error and the source; gives a PolicyError that names the fault at its cause (the bracket that was
+never closed, the missing colon, the selection without a score) and shows how the clause reads.
+Guarantees: never fails itself; no name of the grammar's tokens is shown.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lark.exceptions import UnexpectedInput, UnexpectedToken
+
+from kvcompile.dsl.diagnostics import PolicyError, did_you_mean, fail, nearest
+from kvcompile.dsl.source import Source, Span
+
+ITEMS = {
+    "policy": "policy NAME(param=default, ...) [extends OTHER]:",
+    "heads": 'heads NAME = table("f.tsv", top=30%) | probe("induction", top=14%) | OTHER | rest',
+    "learn": "learn HEADS for POLICY:",
+}
+CLAUSES = {
+    "keep": "keep SET [else ACTION]",
+    "attend": "attend SET",
+    "store": "store SET as FORMAT, ...",
+    "at": "at TRIGGER, ... such as `at prefill.end, step`",
+    "score": "score NAME = EXPRESSION",
+    "unit": "unit NAME(SIZE) [from OFFSET] [with LANDMARK = EXPRESSION, ...]",
+    "share": "share NAME = TOTAL by pyramid(20)",
+    "pick": "pick NAME = SET",
+    "state": "state NAME = START, ...",
+    "on": "on attend [where CONDITION]: NAME += EXPRESSION, ...",
+    "positions": "positions original|compact",
+    "off": "layers 21..27: off",
+    "layers": "layers 0, 2..last: CLAUSE",
+    "gate": "gate NAME = hard_concrete(init=4.0) per head",
+    "mix": "mix EXPRESSION",
+    "loss": "loss EXPRESSION",
+    "freeze": "freeze weights",
+}
+_LEARN = ("gate", "mix", "loss", "freeze")
+_CHARACTERS = {
+    "'": 'strings stand in double quotes: "masks.tsv"',
+    "\u201c": "strings stand in plain double quotes",
+    "\u201d": "strings stand in plain double quotes",
+    "\u2013": "write a plain `-`",
+    "\u2212": "write a plain `-`",
+    "\u00d7": "write `*`",
+    "\u00a0": "write a plain space",
+    "&": "write `and`; sets are joined by `|`",
+    "!": "write `not`, or `!=`",
+    "{": "blocks are indented, without braces",
+    "}": "blocks are indented, without braces",
+    ";": "one clause a line",
+    "^": "the language has no powers",
+    "\r": "lines end in a line feed",
+}
+_PIECES = re.compile(r'(?P<string>"[^"\n]*")|(?P<comment>#[^\n]*)|(?P<word>\w+)|(?P<line>\n)|(?P<mark>[^\s\w])')
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    kind: str
+    text: str
+    start: int
+    end: int
+    leads: bool  # first on its line
+
+
+def explain(error: UnexpectedInput, source: Source, start: str, shown: Mapping[str, str]) -> PolicyError:
+    """The finding for a parse error. `start` is what was being parsed, `shown` the text of each fixed token."""
+    if not isinstance(error, UnexpectedToken):
+        return _character(source, error.pos_in_stream or 0)
+    token = error.token
+    pieces = _scan(source.text)
+    at_end = token.type in ("$END", "_NL", "_DEDENT")
+    offset = pieces[-1].end if token.type == "$END" and pieces else token.start_pos or 0
+    before = [piece for piece in pieces if piece.end <= offset]
+    here = source.span(offset, offset if at_end else offset + len(token))
+    expected = set(error.expected)
+    return (
+        _brackets(source, before, here, token.type == "$END")
+        or _selection(source, before, expected)
+        or (_value(here, at_end) if start == "value" else None)
+        or _start_of_line(source, pieces, before, here, expected, at_end)
+        or _in_clause(before, here, expected, at_end, shown)
+    )
+
+
+def _scan(text: str) -> list[_Piece]:
+    out: list[_Piece] = []
+    leads = True
+    for match in _PIECES.finditer(text):
+        kind = match.lastgroup or ""
+        if kind == "line":
+            leads = True
+        elif kind != "comment":
+            out.append(_Piece(kind, match.group(), match.start(), match.end(), leads))
+            leads = False
+    return out
+
+
+def _character(source: Source, offset: int) -> PolicyError:
+    char = source.text[offset : offset + 1]
+    here = source.span(offset, offset + 1)
+    if char == '"':
+        return fail("K003", "the string is not closed on its line", here, 'strings stand in double quotes: "masks.tsv"')
+    name = f"`{char}`" if " " < char <= "~" else f"U+{ord(char or chr(0)):04X} {unicodedata.name(char or ' ', '')}".strip()
+    hint = _CHARACTERS.get(char, "names are letters, digits and `_`; comments begin with `#`")
+    return fail("K002", f"the language has no {name}", here, hint)
+
+
+def _brackets(source: Source, before: list[_Piece], here: Span, ended: bool) -> PolicyError | None:
+    pairs = {")": "(", "]": "["}
+    closers = {"(": ")", "[": "]"}
+    open_: list[_Piece] = []
+    for piece in before:
+        if piece.text in closers:
+            open_.append(piece)
+        elif piece.text in pairs and open_:
+            open_.pop()
+    if here.text in pairs:
+        if not open_:
+            return fail("K003", f"`{here.text}` closes nothing", here, "remove it, or open the bracket before")
+        if open_[-1].text != pairs[here.text]:
+            want = closers[open_[-1].text]
+            return fail("K003", f"`{here.text}` where `{want}` is due", here, f"the open bracket is `{open_[-1].text}`")
+        return None
+    if not open_:
+        return None
+    opening = source.span(open_[-1].start, open_[-1].end)
+    if ended or here.line > opening.line:
+        want = closers[open_[-1].text]
+        return fail("K003", f"`{open_[-1].text}` is never closed", opening, f"close it with `{want}` before the next clause")
+    return None
+
+
+def _selection(source: Source, before: list[_Piece], expected: set[str]) -> PolicyError | None:
+    if "BY" not in expected:
+        return None
+    for i in range(len(before) - 1, -1, -1):
+        piece = before[i]
+        if piece.text == "by":
+            return None
+        if piece.text in ("top", "bottom", "cover"):
+            depth, last = 0, i
+            for last in range(i + 1, len(before)):
+                depth += (before[last].text == "(") - (before[last].text == ")")
+                if depth == 0:
+                    break
+            return fail("K201", f"`{piece.text}` does not say by which score", source.span(piece.start, before[last].end),
+                        f"write `{piece.text}(n) by SCORE per head`")  # fmt: skip
+        if piece.leads and piece.text in CLAUSES:
+            return None
+    return None
+
+
+def _value(here: Span, at_end: bool) -> PolicyError:
+    what = "the value ends too early" if at_end else f"`{here.text}` does not belong in a value"
+    return fail("K001", what, here, "give a number, or text such as `10% of prompt`")
+
+
+def _start_of_line(
+    source: Source, pieces: list[_Piece], before: list[_Piece], here: Span, expected: set[str], at_end: bool
+) -> PolicyError | None:
+    """Faults that show at the first words of a line: unknown verbs, headers without a colon, `else` too far left."""
+    leads = next((piece.leads for piece in pieces if piece.start == here.start), False)
+    word = here.text
+    if word == "else" and leads:
+        return fail("K005", "`else` stands at clause depth", here, "indent it deeper than the `keep` that it belongs to")
+    if leads and "POLICY" in expected:
+        if word in CLAUSES:
+            return fail("K001", f"a `{word}` clause outside a policy", here, "clauses stand indented below `policy NAME():`")
+        close = nearest(word, ITEMS)
+        return fail("K001", f"`{word}` begins nothing that a file holds", here,
+                    f"did you mean `{close}`?" if close else "a file holds `policy`, `heads` and `learn`")  # fmt: skip
+    header = next((p for p in reversed(before) if p.leads), None)
+    if header is None:
+        return None
+    if "COLON" in expected and header.text in ("policy", "learn", "on"):
+        end = source.span(before[-1].start, before[-1].end)
+        if leads or word in CLAUSES:
+            return fail("K006", f"the `{header.text}` line lacks its `:`", end, "a header ends in `:` before its clauses")
+    if before[-1] is header and header.text not in CLAUSES and header.text not in ITEMS and "COLON" in expected:
+        at = source.span(header.start, header.end)
+        hint = did_you_mean(header.text, CLAUSES) or f"clauses begin with {', '.join(list(CLAUSES)[:12])}"
+        return fail("K001", f"no clause begins with `{header.text}`", at, hint)
+    if leads and not at_end and {"KEEP", "GATE"} & expected:
+        known = _LEARN if "GATE" in expected else [c for c in CLAUSES if c not in _LEARN]
+        hint = did_you_mean(word, known) or f"here stand {', '.join(known)}"
+        return fail("K001", f"no clause begins with `{word}`", here, hint)
+    return None
+
+
+def _in_clause(before: list[_Piece], here: Span, expected: set[str], at_end: bool, shown: Mapping[str, str]) -> PolicyError:
+    clause = ""
+    for i in range(len(before) - 1, -1, -1):
+        known = before[i].text in CLAUSES or before[i].text in ITEMS
+        if known and (before[i].leads or before[i - 1].text == ":"):
+            clause = before[i].text
+            break
+    where = f"in a `{clause}` line" if clause in ITEMS else f"in a `{clause}` clause" if clause else "here"
+    after = f" after `{before[-1].text}`" if before else ""
+    if at_end:
+        what = f"the `{clause}` clause ends too early{after}" if clause else f"the text ends too early{after}"
+    elif here.text == ":":
+        what = f"a `:` {where}: only headers and prefixes end in one"
+    else:
+        what = f"`{here.text}` does not belong {where}{after}"
+    wanted = sorted(f"`{shown[name]}`" for name in expected if name in shown)
+    hint = f"expected {wanted[0]}" if len(wanted) == 1 and len(expected) == 1 else ""
+    form = ITEMS.get(clause) or CLAUSES.get(clause)
+    if form:
+        hint = f"{hint}; it reads: {form}" if hint else f"it reads: {form}"
+    return fail("K001", what, here, hint)

@@ -1,0 +1,96 @@
+"""The words of the language: what is reserved, and what each construct knows.
+
+Read by the checks and by hints that name the nearest known word. Gives plain tables, nothing else.
+"""
+
+from __future__ import annotations
+
+AXES = "hgquid"  # in the order in which open axes are written
+
+# Open axes of what a formula may read. `i` is the row's entries, `u` units, `d` channels, `g` grouped query heads.
+FIELDS: dict[str, str] = {
+    "q": "gqd",
+    "k": "id",
+    "v": "id",
+    "attn": "gqi",
+    "logit": "gqi",
+    "pos": "i",
+    "age": "i",
+    "count": "i",
+    "now": "",
+    "len": "",
+    "prompt": "",
+    "chunk": "",
+    "step": "",
+}
+OWNERS: dict[str, frozenset[str]] = {
+    "raw": frozenset({"k"}),
+    "next": frozenset({"k", "v"}),
+    "prev": frozenset({"q", "k", "v"}),
+}
+PORTIONS = frozenset({"prompt", "len", "chunk"})
+
+REDUCTIONS = frozenset({"sum", "mean", "max", "min", "var", "std", "softmax"})
+QUERY_SOURCES = frozenset({"last", "peek", "sample"})
+ELEMENTWISE = frozenset({"exp", "log", "sigmoid", "sqrt", "abs"})
+POOLS = frozenset({"maxpool", "avgpool"})
+PAIRS = frozenset({"dot", "cos"})
+# Name -> least and largest number of arguments.
+FUNCTIONS: dict[str, tuple[int, int]] = (
+    {name: (1, 1) for name in (*ELEMENTWISE, "norm", "gumbel")}
+    | {name: (2, 2) for name in (*PAIRS, *POOLS)}
+    | {"min": (2, 8), "max": (2, 8)}
+)
+SHARES: dict[str, tuple[int, int]] = {"pyramid": (1, 1), "softmax": (1, 1), "cover": (1, 1), "table": (1, 1)}
+
+# Region -> number of arguments; the unit regions name a unit instead.
+REGIONS: dict[str, int] = {
+    "all": 0,
+    "rest": 0,
+    "prompt": 0,
+    "generated": 0,
+    "frozen": 0,
+    "sink": 1,
+    "recent": 1,
+    "stride": 1,
+    "random": 2,
+    "span": 1,
+}
+UNIT_REGIONS = frozenset({"newest", "own", "pow2"})
+
+# Trigger -> least and largest number of arguments.
+TRIGGERS: dict[str, tuple[int, int]] = {
+    "prefill.end": (0, 0),
+    "chunk": (0, 1),
+    "step": (0, 0),
+    "every": (1, 1),
+    "filled": (1, 2),
+    "full": (1, 1),
+    "when": (0, 0),
+}
+DECODE_TRIGGERS = frozenset({"step", "every", "filled", "full", "when"})
+EVENTS = frozenset({"attend", "insert", "step"})
+POSITIONS = frozenset({"original", "compact"})
+
+FORMATS = frozenset({"fp32", "bf16", "fp16", "fp8", "int8", "int4", "int2", "int", "lowrank", "prerope", "rotate",
+                     "hadamard", "outliers", "slerp"})  # fmt: skip
+GRAINS = frozenset({"channel", "token", "layers"})
+TIERS = frozenset({"cpu", "disk"})
+FOLDS: dict[str, tuple[int, int]] = {"mean": (0, 0), "dct": (1, 1), "pool": (1, 1)}
+
+SCOPES: dict[str, frozenset[str]] = {
+    "per": frozenset({"head", "query_head"}),
+    "shared": frozenset({"heads", "layers"}),
+    "across": frozenset({"heads", "layers"}),
+}
+HEAD_SOURCES = frozenset({"table", "probe"})
+
+_VERBS = ("policy heads learn extends keep attend store at score unit share pick state on positions off layers gate mix "
+          "loss freeze").split()  # fmt: skip
+_JOINING = "top bottom cover where by else as if when with from into and or not of in".split()
+RESERVED = frozenset(
+    [*_VERBS, *_JOINING, *FIELDS, *OWNERS, *AXES, *REGIONS, *UNIT_REGIONS, *SCOPES, "head", "query_head", "floor"]
+)
+# Names of options of the Python interface: a parameter so named could never be given.
+OPTIONS = frozenset({"model", "policy", "backend", "compile", "name", "tables", "max_bytes", "generate", "batch", "gpu",
+                     "base", "dump"})  # fmt: skip

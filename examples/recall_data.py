@@ -1,0 +1,139 @@
+"""Text that needs a long memory: facts planted far back, plain filler between, questions about the facts.
+
+Takes a seed; gives words, prompts and training batches, the same for the same seed on every machine.
+A fact reads `red suits alice .`, a question `colour of alice`, and its answer is the next word: `red`.
+Filler is a small grammar of sentences whose next word is mostly known from the last few, so a model
+needs short memory for the filler and long memory for the questions, and nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+PAD, BOS, UNKNOWN = "<pad>", "<s>", "<unk>"
+
+NAMES = tuple(
+    "alice bob carol david emma frank grace henry irene jack karen leo maria nina oscar paul "
+    "quinn rosa simon tina ursula victor wendy xenia yusuf zoe amir bella cyrus diana elias fatima "
+    "george hanna ivan julia kofi lena milan noor omar petra rafael sofia tomas uma vera walter".split()
+)
+COLOURS = tuple(
+    "red blue green yellow black white brown pink purple orange grey gold "
+    "silver teal olive navy coral amber violet crimson ivory khaki maroon lime".split()
+)
+# Each noun has one verb, each adjective may stand before any noun.
+VERBS = dict(
+    dog="barks", cat="sleeps", bird="sings", horse="runs", river="flows", wind="blows", clock="ticks",
+    train="leaves", farmer="works", baker="smiles", cloud="drifts", fire="burns",
+)  # fmt: skip
+NOUNS = tuple(VERBS)
+ADJECTIVES = tuple("old small quiet bright slow cold".split())
+GLUE = tuple("the near every day suits colour of .".split())
+
+VOCABULARY = (PAD, BOS, UNKNOWN, *GLUE, *NAMES, *COLOURS, *NOUNS, *VERBS.values(), *ADJECTIVES)
+INDEX = {word: i for i, word in enumerate(VOCABULARY)}
+
+SHORTEST, LONGEST = 4, 9  # words in a filler sentence, the stop included
+QUESTION_WORDS, FACT_WORDS = 3, 4
+ANSWER, PLAIN = 1.0, 0.2  # weights of words in training: filler is easy and there is much of it
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question over a long text. `text` ends with the name asked for; `answer` is the word that must follow.
+
+    `distance`: words from the name in its fact to the name at the end.
+    """
+
+    text: str
+    name: str
+    answer: str
+    distance: int
+
+
+def sentence(rng: random.Random, words: int) -> list[str]:
+    """One filler sentence of exactly `words` words (4 to 9), the stop included."""
+    noun, other = rng.choice(NOUNS), rng.choice(NOUNS)
+    first, second = rng.choice(ADJECTIVES), rng.choice(ADJECTIVES)
+    verb = VERBS[noun]
+    return {
+        4: ["the", noun, verb, "."],
+        5: ["the", first, noun, verb, "."],
+        6: ["the", noun, verb, "every", "day", "."],
+        7: ["the", noun, verb, "near", "the", other, "."],
+        8: ["the", first, noun, verb, "near", "the", other, "."],
+        9: ["the", first, noun, verb, "near", "the", second, other, "."],
+    }[words]
+
+
+def filler(rng: random.Random, words: int) -> list[list[str]]:
+    """Filler sentences of exactly `words` words in all. Raises ValueError where that cannot be done (1 to 3)."""
+    if words and words < SHORTEST:
+        raise ValueError(f"no filler of {words} words: a sentence has at least {SHORTEST}")
+    sentences = []
+    while words:
+        # What is left over must again be fillable: nothing, or at least one short sentence.
+        fits = [n for n in range(SHORTEST, LONGEST + 1) if words == n or words - n >= SHORTEST]
+        sentences.append(sentence(rng, rng.choice(fits)))
+        words -= len(sentences[-1])
+    return sentences
+
+
+def facts(rng: random.Random, count: int) -> dict[str, str]:
+    """`count` names, each with a colour of its own choice (two names may share one)."""
+    return {name: rng.choice(COLOURS) for name in rng.sample(NAMES, count)}
+
+
+def prompt(rng: random.Random, length: int, n_facts: int = 12, part: float = 0.4) -> Prompt:
+    """A text of exactly `length` tokens (the tokenizer's start token included) that ends in one question.
+
+    All facts stand in the first `part` of it, in random order among filler; filler alone follows.
+    """
+    known = facts(rng, n_facts)
+    room = length - 1 - QUESTION_WORDS - n_facts * FACT_WORDS
+    front = max(0, int(length * part) - n_facts * FACT_WORDS)
+    early, late = filler(rng, front if front >= SHORTEST else 0), None
+    late = filler(rng, room - sum(map(len, early)))
+    planted = early + [[colour, "suits", name, "."] for name, colour in known.items()]
+    rng.shuffle(planted)
+    words = [word for part_ in planted + late for word in part_]
+    name = rng.choice(list(known))
+    words += ["colour", "of", name]
+    place = next(i for i, word in enumerate(words) if word == name)
+    return Prompt(" ".join(words), name, known[name], len(words) - 1 - place)
+
+
+def prompts(count: int, length: int = 640, n_facts: int = 12, seed: int = 0) -> list[Prompt]:
+    """`count` prompts of exactly `length` tokens each; the same ones for the same arguments."""
+    rng = random.Random(f"prompts {seed} {length} {n_facts}")
+    return [prompt(rng, length, n_facts) for _ in range(count)]
+
+
+def training_text(rng: random.Random, length: int, n_facts: int) -> tuple[list[str], list[float]]:
+    """A text of exactly `length` tokens in which every second fact is asked for, and the weight of each word.
+
+    The weight says how much predicting this word counts: `ANSWER`, `PLAIN` for filler and glue, 0 for what
+    nobody can know (which name comes next, a fact's colour).
+    """
+    known = facts(rng, n_facts)
+    told = [([colour, "suits", name, "."], [0.0, PLAIN, 0.0, PLAIN]) for name, colour in known.items()]
+    # Not all are asked: else an answer could be guessed as a colour that was told and not yet asked for.
+    chosen = rng.sample(list(known), (n_facts + 1) // 2)
+    asked = [(["colour", "of", name, known[name], "."], [0.0, PLAIN, 0.0, ANSWER, PLAIN]) for name in chosen]
+    room = length - 1 - sum(len(words) for words, _ in told + asked)
+    plain = [(words, [0.0] + [PLAIN] * (len(words) - 1)) for words in filler(rng, room)]
+    cut = rng.randint(0, len(plain))
+    early, late = told + plain[:cut], asked + plain[cut:]
+    rng.shuffle(early)
+    rng.shuffle(late)
+    words, weights = [BOS], [0.0]
+    for part_words, part_weights in early + late:
+        words += part_words
+        weights += part_weights
+    return words, weights
+
+
+def encode(words: list[str]) -> list[int]:
+    """Token ids of words, as the shipped tokenizer gives them."""
+    return [INDEX.get(word, INDEX[UNKNOWN]) for word in words]

@@ -1,0 +1,158 @@
+"""What each template is filled with: printed formulas, constants, signatures for offline compilation.
+
+Takes a `KernelSpec`, gives the names that its template reads. One function per template.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
+from kvcompile.kernels.plan import Expr
+from kvcompile.kernels.printers import TORCH, TRITON, Axis
+from kvcompile.kernels.signatures import offline
+from kvcompile.kernels.spec import KernelSpec
+
+Context = dict[str, Any]
+LOG2E = "1.4426950408889634"
+OVERRUN = "-1073741824"
+
+
+def context(spec: KernelSpec) -> Context:
+    """The template's names beside the facts; `formulas` are the lines of the header."""
+    made = _CONTEXTS[spec.template](spec)
+    return {"formulas": (), "log2e": LOG2E, "overrun": OVERRUN, "offline": offline(spec), **made}
+
+
+def _formulas(spec: KernelSpec) -> dict[str, Expr]:
+    return {name: hole for name, hole in spec.holes if isinstance(hole, Expr)}
+
+
+def _texts(spec: KernelSpec) -> dict[str, str]:
+    return {name: hole for name, hole in spec.holes if isinstance(hole, str)}
+
+
+def _state_names(spec: KernelSpec) -> list[str]:
+    return [name for name in str(spec.fact("state_names")).split() if name]
+
+
+def _decode(spec: KernelSpec) -> Context:
+    formulas, states = _formulas(spec), _state_names(spec)
+    inits = [init_hole(name, formulas[f"init {name}"]) for name in states]
+    grown = [name for name in states if f"add {name}" in formulas]
+    updates = [step_hole(name, formulas[f"add {name}"], states.index(name)) for name in grown]
+    score = step_hole("score", formulas["score"]) if "score" in formulas else None
+    uses = frozenset().union(*(hole.uses for hole in [*updates, *([score] if score else [])]))
+    read = sorted({use.removeprefix("state_") for use in uses if use.startswith("state_")} | set(grown))
+    torch_holes = [step_hole(name, formulas[f"add {name}"], states.index(name), TORCH) for name in grown]
+    return {
+        "formulas": tuple(
+            [(f"state {name} +", spell(formulas[f"add {name}"])) for name in grown]
+            + ([("score", spell(formulas["score"]))] if score else [])
+        ),
+        "inits": inits,
+        "updates": updates,
+        "score": score,
+        "uses": uses | ({"pos_i"} if "age" in uses else set()),
+        "scores": bool(updates or score),
+        "state_loads": [(name, states.index(name)) for name in read],
+        "updated": [states.index(name) for name in grown],
+        "logits_dtype": {"none": "None", "fp32": "torch.float32", "fp16": "torch.float16"}[str(spec.fact("logits"))],
+        "torch_updates": torch_holes,
+        "torch_inits": [init_hole(name, formulas[f"init {name}"], TORCH) for name in states],
+        "torch_score": step_hole("score", formulas["score"], dialect=TORCH) if score else None,
+    }
+
+
+_JOIN = {
+    "mean": ("0.0", "joint + judged", "torch.stack(scores).mean(0)"),
+    "sum": ("0.0", "joint + judged", "torch.stack(scores).sum(0)"),
+    "max": ("float('-inf')", "tl.maximum(joint, judged)", "torch.stack(scores).amax(0)"),
+    "min": ("float('inf')", "tl.minimum(joint, judged)", "torch.stack(scores).amin(0)"),
+}
+
+
+def _selection(spec: KernelSpec) -> Context:
+    """Facts of a selection that evict and select share."""
+    scope, join = str(spec.fact("scope")), str(spec.fact("join"))
+    num, den = (int(x) for x in str(spec.fact("fraction")).split("/"))
+    floor = tuple(int(x) for x in str(spec.fact("floor")).split("/"))
+    start, step, torch_join = _JOIN[join]
+    return {
+        "select": {"wanted": f"n{spec.fact('count')}", "fraction": (num, den), "floor": floor} if scope != "none" else None,
+        "shared": scope == "shared",
+        "join": join,
+        "join_start": start,
+        "join_step": step,
+        "reference_join": torch_join,
+        "fraction_of": lambda text: f"{text} * {num} // {max(den, 1)}",
+    }
+
+
+def _evict(spec: KernelSpec) -> Context:
+    formulas, texts, states = _formulas(spec), _texts(spec), _state_names(spec)
+    made = _selection(spec)
+    negate = spec.fact("rank") == "bottom"
+    judged = row_hole(formulas["row"], negate=negate) if made["select"] else None
+    torch_judged = row_hole(formulas["row"], TORCH, negate) if made["select"] else None
+    regions = texts["regions"]
+    used = [line.split(" ", 1) for line in texts["counts"].split("\n") if line]
+    if made["select"] and made["select"]["fraction"][1]:
+        made["select"]["wanted"] = "0"
+    uses = judged.uses if judged else frozenset()
+    return made | {
+        "formulas": tuple(
+            ([("kept", regions.replace("at_now", "now"))] if regions != "at < -1" else [])
+            + ([("score", ("-" if negate else "") + spell(formulas["row"]))] if judged else [])
+            + [(f"n{index}", says) for index, says in used]
+        ),
+        "counts": [(int(index), says) for index, says in used],
+        "n_counts": max([int(index) for index, _ in used], default=-1) + 1 or 1,
+        "region": regions,
+        "region_uses": {"prompt"} if "at_prompt" in regions else set(),
+        "judge": "\n".join(_judge(regions, judged, uses, states)),
+        "key": "key_of(judged)" if judged else "EMPTY",
+        "reference_judge": "\n".join(_torch_judge(torch_judged, states)) if torch_judged else "",
+        "reference_region": regions,
+        "reference_wanted": f"[{made['select']['wanted']}] * len(rows)"
+        if made["select"] and not made["select"]["fraction"][1]
+        else "None",
+        "aligned": made["shared"],
+    }
+
+
+def _judge(regions: str, judged: Hole | None, uses: frozenset[str], states: list[str]) -> list[str]:
+    lines = [
+        "slot = tl.load(table + row.to(tl.int64) * table_row + i // PAGE, mask=there, other=0).to(tl.int64) * PAGE + i % PAGE",
+        "at = tl.load(pos + slot, mask=there, other=0)",
+    ]
+    if "was_frozen" in regions:
+        lines.append("was_frozen = tl.load(frozen + slot, mask=there, other=0) != 0")
+    if judged is None:
+        return lines
+    if uses & {"pos_i", "age"}:
+        lines.append("pos_i = at.to(tl.float32)")
+    if "age" in uses:
+        lines.append("age = at_now.to(tl.float32) - pos_i")
+    if "now_b_value" in uses:
+        lines.append("now_b_value = at_now.to(tl.float32)")
+    if "n_len" in uses:
+        lines.append("n_len = tl.load(length + row).to(tl.float32)")
+    if "score_i" in uses:
+        lines.append("score_i = tl.load(score + row.to(tl.int64) * score_row + i, mask=there, other=0.0)")
+    for index, name in enumerate(states):
+        if f"state_{name}" in uses:
+            at = f"state + {index} * slots.to(tl.int64) + slot"
+            lines.append(f"state_{name} = tl.load({at}, mask=there, other=0.0)")
+    return [*lines, *judged.lines, f"judged = {judged.result}"]
+
+
+def _torch_judge(judged: Hole, states: list[str]) -> list[str]:
+    lines = ["score_i = score[row, : len(at)]"] if "score_i" in judged.uses else []
+    for index, name in enumerate(states):
+        if f"state_{name}" in judged.uses:
+            lines.append(f'state_{name} = pools["state"][{index}, slot]')
+    return [*lines, *judged.lines, f"judged = {judged.result}"]
+
+
+_CONTEXTS = {"decode": _decode, "evict": _evict}

@@ -1,0 +1,10 @@
+"""The error of everything that is not the policy's fault: models, caches, kernels, what is not supported."""
+
+from __future__ import annotations
+
+
+class KvCompileError(Exception):
+    """A mistake in how kvcompile is used, or a thing that it does not support; the message says the way out.
+
+    A mistake in a policy is a `PolicyError` instead, which has a place in the policy's text.
+    """

@@ -1,0 +1,205 @@
+"""How entries lie in memory: the tensors that an op is handed, and where entry i of a row is found.
+
+A row is one (layer, sequence, KV head). Both layouts keep flat pools of slots and differ only in the
+address of a row's entry, so that everything above addresses is written once.
+`extent` (CPU): one pool per layer, a row is one stretch of slots, its page is as long as the row.
+`paged` (GPU): one pool for all layers, pages of a power of two of tokens, a stack of free pages.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SLACK = 64  # an extent is a multiple of this many slots, so that growth is rare
+
+
+class Clock:
+    """Columns of `Site.clock`, one line per sequence, all known on the host before the forward."""
+
+    NEW, PEEK, START, PROMPT, STEP, ENDS = range(6)
+    WIDTH = 6
+
+
+class Site(NamedTuple):
+    """All tensors of one layer's call, in the order in which ops take them.
+
+    layer   int64 [1]            which layer this is: data, never a literal of the graph
+    k, v    [slots, head_dim]    pos int32 [slots]   frozen uint8 [slots]   state float32 [states, slots]
+    length  int32 [rows]         entries of each row
+    table   paged: int32 [rows, pages of a row]; extent: int64 [rows, 2] = start and capacity
+    free    paged: int32 [pages], a stack of free pages; extent: empty
+    top     paged: int32 [1], how many pages are free; extent: int64 [1], first slot never handed out
+    ring    [batch, q_heads, window, head_dim], the newest queries, at slot position mod window
+    clock   int64 [batch, Clock.WIDTH]
+    counts  int64 [layers, counts, batch]
+    fires   uint8 [classes, batch]
+    """
+
+    layer: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    frozen: Tensor
+    state: Tensor
+    length: Tensor
+    table: Tensor
+    free: Tensor
+    top: Tensor
+    ring: Tensor
+    clock: Tensor
+    counts: Tensor
+    fires: Tensor
+
+    @property
+    def paged(self) -> bool:
+        return self.table.dtype == torch.int32
+
+    @property
+    def batch(self) -> int:
+        return self.clock.shape[0]
+
+    def page(self) -> int:
+        """Tokens per page (paged layout)."""
+        return self.k.shape[0] // self.free.shape[0]
+
+    def base(self, kv_heads: int) -> int:
+        """Index of this layer's first row."""
+        return int(self.layer) * self.batch * kv_heads if self.paged else 0
+
+    def slots(self, row: int, start: int, stop: int) -> Tensor:
+        """Slots of entries start..stop-1 of a row, int64 [stop - start]."""
+        entries = torch.arange(start, stop, device=self.k.device)
+        if not self.paged:
+            return entries + int(self.table[row, 0])
+        page = self.page()
+        return self.table[row, entries // page].long() * page + entries % page
+
+    def slot_matrix(self, rows: Tensor, width: int) -> Tensor:
+        """Slots of entries 0..width-1 of several rows, int64 [rows, width]; entries past a row's end give slot 0."""
+        entries = torch.arange(width, device=self.k.device)
+        alive = entries < self.length[rows][:, None]
+        if self.paged:
+            page = self.page()
+            pages = self.table[rows][:, (entries // page).clamp(max=self.table.shape[1] - 1)].long()
+            return torch.where(alive, pages * page + entries % page, 0)
+        return torch.where(alive, self.table[rows, 0][:, None] + entries, 0)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def extent(entries: int) -> int:
+    """Slots set aside for a row of so many entries: room for one more, in steps of SLACK."""
+    return round_up(entries + 1, SLACK)
+
+
+def make_room(site: Site, row: int, total: int) -> None:
+    """Give a row space for `total` entries, moving it if need be; its entries stay what they are.
+
+    The pools never grow here: their size comes from the plan, and the host reserves it between forwards.
+    """
+    if site.paged:
+        _take_pages(site, row, total)
+        return
+    start, capacity = site.table[row].tolist()
+    if total <= capacity:
+        return
+    need, tail = extent(total), int(site.top)
+    if tail + need > site.k.shape[0]:
+        repack(site, {row: need})
+        return
+    length = int(site.length[row])
+    if length:
+        _move(site, torch.arange(start, start + length), torch.arange(tail, tail + length))
+    site.table[row, 0], site.table[row, 1] = tail, need
+    site.top.fill_(tail + need)
+
+
+def repack(site: Site, capacities: dict[int, int]) -> None:
+    """Close the holes between extents; rows named in `capacities` get that many slots, others keep what they use."""
+    lengths = site.length.tolist()
+    old = site.table.tolist()
+    source: list[Tensor] = []
+    target: list[Tensor] = []
+    tail = 0
+    for row, (start, _) in enumerate(old):
+        keep = capacities.get(row, extent(lengths[row]) if lengths[row] else 0)
+        source.append(torch.arange(start, start + lengths[row]))
+        target.append(torch.arange(tail, tail + lengths[row]))
+        site.table[row, 0], site.table[row, 1] = tail, keep
+        tail += keep
+    if tail > site.k.shape[0]:
+        raise RuntimeError(f"pool of {site.k.shape[0]} slots cannot hold the {tail} slots that its rows need")
+    _move(site, torch.cat(source), torch.cat(target))
+    site.top.fill_(tail)
+
+
+def _move(site: Site, source: Tensor, target: Tensor) -> None:
+    # Advanced indexing copies the sources first, so overlapping stretches are safe.
+    for pool in (site.k, site.v, site.pos, site.frozen):
+        pool[target] = pool[source]
+    site.state[:, target] = site.state[:, source]
+
+
+def _take_pages(site: Site, row: int, total: int) -> None:
+    page = site.page()
+    held = -(-int(site.length[row]) // page)
+    need = -(-total // page) - held
+    if need <= 0:
+        return
+    free = int(site.top)
+    if need > free or held + need > site.table.shape[1]:
+        raise RuntimeError(f"pool has {free} free pages of {page} tokens, row {row} needs {need} more")
+    site.table[row, held : held + need] = site.free[free - need : free].flip(0)
+    site.top.fill_(free - need)
+
+
+def write(site: Site, row: int, k: Tensor, v: Tensor, pos: Tensor, frozen: Tensor, state: Tensor) -> None:
+    """Append entries to a row: k, v [n, head_dim], pos [n], frozen [n], state [states, n]."""
+    length, n = int(site.length[row]), pos.shape[0]
+    make_room(site, row, length + n)
+    slots = site.slots(row, length, length + n)
+    site.k[slots], site.v[slots] = k, v
+    site.pos[slots], site.frozen[slots] = pos.int(), frozen.to(torch.uint8)
+    site.state[:, slots] = state
+    site.length[row] = length + n
+
+
+def compact(site: Site, rows: Tensor, keep: Tensor, by_position: bool) -> Tensor:
+    """Drop entries of several rows in place; pages that fall empty are freed. Returns entries dropped per row.
+
+    rows int64 [rows]; keep bool [rows, width], in entry order, false past a row's end. Hole filling:
+    survivors above the new length drop into the dead slots below it, as many as there are. With
+    `by_position` every survivor moves left instead, so that the order of the entries stays.
+    """
+    length, kept = site.length[rows].long(), keep.sum(1)
+    dropped = length - kept
+    if not bool(dropped.any()):
+        return dropped
+    entries = torch.arange(keep.shape[1], device=keep.device)
+    slots = site.slot_matrix(rows, keep.shape[1])
+    if by_position:
+        target_entry = keep.cumsum(1) - 1
+        moved = keep & (target_entry != entries)
+        source, target = slots[moved], slots.gather(1, target_entry.clamp(min=0))[moved]
+    else:
+        below = entries < kept[:, None]
+        source, target = slots[keep & ~below], slots[~keep & below]
+    _move(site, source, target)
+    if site.paged:
+        _free_pages(site, rows.tolist(), length.tolist(), kept.tolist())
+    site.length[rows] = kept.int()
+    return dropped
+
+
+def _free_pages(site: Site, rows: list[int], before: list[int], after: list[int]) -> None:
+    page, free = site.page(), int(site.top)
+    for row, old, new in zip(rows, before, after, strict=True):
+        held, need = -(-old // page), -(-new // page)
+        site.free[free : free + held - need] = site.table[row, need:held]
+        free += held - need
+    site.top.fill_(free)

@@ -1,0 +1,154 @@
+"""The meaning of `keep`: which entries of some rows stay, by regions and selections, ties included.
+
+Takes rows in position order (`evaluate.Rows`), gives a keep mask and the winners of its selections.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.evaluate import Rows, score, unit_columns
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
+
+
+def keep_mask(plan: PolicyPlan, cls: ClassPlan, rows: Rows, numbers: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Decide one class's rows.
+
+    numbers int64 [counts, rows]: the policy's counts for each row; ends bool [rows]: the row's prompt ends
+    with this piece. Returns (keep, won), bool [rows, n]: `won` are the winners of selections.
+    """
+    taken = torch.zeros_like(rows.resident)
+    for term in cls.keep:
+        if isinstance(term, Region):
+            taken |= region_mask(plan, term, rows, numbers)
+    won = torch.zeros_like(taken)
+    for term in cls.keep:
+        if isinstance(term, Selection):
+            taken, chosen = _select(plan, term, rows, taken, numbers, ends)
+            won |= chosen
+    return taken & rows.resident, won
+
+
+def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor) -> Tensor:
+    """Entries of a region, by original position or history, whatever else is resident: bool [rows, n]."""
+    pos, now = rows.pos, rows.now[:, None]
+    count = numbers[region.count][:, None] if region.count is not None else None
+    match region.kind:
+        case "all":
+            mask = torch.ones_like(rows.resident)
+        case "sink":
+            mask = pos < count
+        case "recent":
+            mask = pos > now - count
+        case "stride":
+            mask = pos % count == 0
+        case "prompt":
+            mask = pos < rows.prompt[:, None]
+        case "generated":
+            mask = pos >= rows.prompt[:, None]
+        case "frozen":
+            mask = rows.frozen
+        case "newest":
+            assert region.unit is not None
+            unit = plan.unit(region.unit)
+            mask = (pos - unit.offset).div(unit.size, rounding_mode="floor") == (now - unit.offset).div(
+                unit.size, rounding_mode="floor"
+            )
+        case other:
+            raise NotImplementedError(f"region {other}")
+    return mask & rows.resident
+
+
+def _select(
+    plan: PolicyPlan, term: Selection, rows: Rows, taken: Tensor, numbers: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    candidates = rows.resident & ~taken
+    unit = plan.unit(term.unit) if term.unit else None
+    if unit is not None:
+        ready = _full(rows, unit, reads_next=_reads_next(term, unit))
+        taken = taken | (candidates & ~ready)
+        candidates &= ready
+    budget = torch.zeros_like(rows.now) if term.count is None else numbers[term.count]
+    if term.observed:
+        watched = candidates & ends[:, None] & (rows.pos > (rows.now - term.observed)[:, None])
+        taken = taken | watched
+        candidates &= ~watched
+        budget = (budget - watched.sum(1)).clamp(min=0)
+    values = score(term.score, rows, candidates, unit)
+    values = -values if term.rank == "bottom" else values
+    if unit is not None:
+        chosen = _per_unit(term, rows, values, candidates, unit, budget)
+    elif term.scope == "head":
+        chosen = best(values, candidates, _group_budget(term, candidates, budget))
+    elif term.scope == "shared":
+        # The sharers hold the same entries, so one row's mask stands for all.
+        mean = values.mean(0, keepdim=True)
+        chosen = best(mean, candidates[:1], _group_budget(term, candidates[:1], budget[:1])).expand_as(candidates)
+    else:
+        chosen = _across(term, rows, values, candidates, _group_budget(term, candidates, budget))
+    return taken | chosen, chosen
+
+
+def _group_budget(term: Selection, candidates: Tensor, budget: Tensor) -> Tensor:
+    """A bare fraction is of the group's own candidates, exact and truncated once."""
+    if term.fraction is None:
+        return budget
+    return candidates.sum(1) * term.fraction.numerator // term.fraction.denominator
+
+
+def best(values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
+    """The n [rows] highest of each row's candidates; ties to the earlier column, NaN last: bool [rows, columns]."""
+    rank = torch.empty(values.shape, dtype=torch.int64, device=values.device)
+    columns = torch.arange(values.shape[1], device=values.device).expand_as(rank)
+    rank.scatter_(1, _order(values, candidates), columns)
+    return candidates & (rank < n[:, None])
+
+
+def _order(values: Tensor, candidates: Tensor) -> Tensor:
+    """Columns from best to worst: real scores first, then NaN, then what is no candidate; stable throughout."""
+    broken = values.isnan()
+    key = torch.where(candidates & ~broken, values, float("-inf"))
+    order = torch.argsort(key, dim=1, descending=True, stable=True)
+    place = torch.where(candidates, broken.to(torch.uint8), 2)
+    if not bool((place == 1).any()) and bool((key > float("-inf")).sum() == candidates.sum()):
+        return order
+    return order.gather(1, torch.argsort(place.gather(1, order), dim=1, stable=True))
+
+
+def _across(term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
+    """Heads compete for n times the heads: floors first, then raw scores; ties to the older, then the lower head."""
+    floor = n * term.floor.numerator // term.floor.denominator
+    safe = best(values, candidates, floor)
+    left = int(n.sum() - safe.sum())
+    order = torch.argsort(rows.pos.flatten(), stable=True)
+    open_ = (candidates & ~safe).flatten()[order]
+    chosen = best(values.flatten()[order][None], open_[None], torch.tensor([left], device=values.device))[0]
+    return safe | torch.zeros_like(open_).scatter(0, order, chosen).reshape(safe.shape)
+
+
+def _per_unit(
+    term: Selection, rows: Rows, values: Tensor, candidates: Tensor, unit: UnitPlan, budget: Tensor
+) -> Tensor:
+    columns = unit_columns(rows.pos, rows.resident, unit)
+    heads, units, size = columns.shape
+    flat = columns.reshape(heads, -1)
+    there = flat >= 0
+    index = flat.clamp(min=0)
+    group = (candidates.gather(1, index) & there).reshape(heads * units, size)
+    n = _group_budget(term, group, budget.repeat_interleave(units))
+    chosen = best(values.gather(1, index).reshape(heads * units, size), group, n).reshape(heads, -1)
+    out = torch.zeros(heads, candidates.shape[1] + 1, dtype=torch.bool, device=values.device)
+    return out.scatter(1, torch.where(there, index, candidates.shape[1]), chosen)[:, :-1]
+
+
+def _full(rows: Rows, unit: UnitPlan, reads_next: bool) -> Tensor:
+    """Entries whose unit, and the next one where the score reads it, has been seen whole: bool [rows, n]."""
+    which = (rows.pos - unit.offset).div(unit.size, rounding_mode="floor")
+    last = unit.offset + (which + (2 if reads_next else 1)) * unit.size - 1
+    return (which >= 0) & (last <= rows.now[:, None])
+
+
+def _reads_next(term: Selection, unit: UnitPlan) -> bool:
+    formulas = [term.score, *(expr for _, expr in unit.landmarks)]
+    return any(n.op == "field" and str(n.value).startswith("next.") for f in formulas for n in f.walk())

@@ -1,0 +1,76 @@
+"""Argument types of the generated kernels, written into each file for compiling without a GPU.
+
+Takes a `KernelSpec`, gives (kernel, {argument: type}, {constant: value}, options) per kernel of its file,
+as Triton spells them: `*bf16` a pointer, `i32` a number. The names follow the templates' parameters.
+"""
+
+from __future__ import annotations
+
+from kvcompile.kernels.spec import KernelSpec, dtype_name
+
+Entry = tuple[str, dict[str, str], dict[str, object], dict[str, int]]
+
+
+def _types(text: str, dtype: str = "fp32") -> dict[str, str]:
+    """`*T: q k; i32: rows` as a table; T is the model's dtype."""
+    table: dict[str, str] = {}
+    for group in text.split(";"):
+        kind, names = group.split(":")
+        table |= dict.fromkeys(names.split(), kind.strip().replace("T", dtype))
+    return table
+
+
+def offline(spec: KernelSpec) -> tuple[Entry, ...]:
+    """One entry per kernel of the spec's file."""
+    return _TABLES[spec.template](spec)
+
+
+def _decode(spec: KernelSpec) -> tuple[Entry, ...]:
+    dtype = dtype_name(str(spec.fact("dtype")))
+    logits = "fp16" if spec.fact("logits") == "fp16" else "fp32"
+    shape: dict[str, object] = {
+        "ROWS_PAD": 16,
+        "GROUP": spec.fact("group"),
+        "GROUP_PAD": spec.fact("group_pad"),
+        "D": spec.fact("head_dim"),
+        "PAGE": spec.fact("page"),
+    }
+    pool = "*i32: pos table length free top plan; *u8: frozen; *fp32: state part_acc part_max part_sum"
+    first = _types(
+        f"*T: q k_new v_new k v; {pool}; *i64: now active layer; *{logits}: logits; fp32: scale; "
+        "i32: q_b q_h k_b k_h v_b v_h now_b active_b table_row slots capacity rows kv_heads target min_chunk",
+        dtype,
+    )
+    second = _types(
+        "*fp32: part_acc part_max part_sum lse state score; *i32: plan pos table length top; "
+        f"*{logits}: logits; *T: out; *i64: layer now; "
+        "i32: out_b out_h lse_b table_row slots capacity score_row rows kv_heads now_b",
+        dtype,
+    )
+    options = {"num_warps": spec.number("warps"), "num_stages": spec.number("stages")}
+    keeps = spec.fact("logits") != "none"
+    return (
+        ("decode_kernel", first, shape | {"BLOCK_N": spec.fact("block_n"), "KEEP_LOGITS": keeps}, options),
+        ("combine_kernel", second, shape | {"BLOCK_S": 128, "BLOCK_U": 32}, {"num_warps": 4, "num_stages": 3}),
+    )
+
+
+def _evict(spec: KernelSpec) -> tuple[Entry, ...]:
+    types = _types(
+        "*T: k v; *i32: pos table length free top sites scratch; *u8: frozen fires; *fp32: state score; "
+        "*i64: counts now prompt; i32: counts_l counts_n counts_b fires_b now_b prompt_b table_row slots score_row "
+        "capacity batch kv_heads",
+        dtype_name(str(spec.fact("dtype"))),
+    )
+    constants: dict[str, object] = {
+        "HEADS": spec.fact("heads"),
+        "D": spec.fact("head_dim"),
+        "PAGE": spec.fact("page"),
+        "STATES": spec.fact("states"),
+        "BLOCK": 2048,
+        "BLOCK_M": 32,
+    }
+    return (("evict_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
+
+
+_TABLES = {"decode": _decode, "evict": _evict}

@@ -1,0 +1,57 @@
+"""A compiler for KV-cache policies: the public names, loaded when they are first used.
+
+Importing this package imports neither torch nor transformers, so that `kvcompile check` answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvcompile.api import optimize, restore, use
+    from kvcompile.cache import KvCache
+    from kvcompile.dsl.diagnostics import PolicyError
+    from kvcompile.inspection import inspect
+    from kvcompile.kernels.errors import KvCompileError
+    from kvcompile.passes.explain import explain
+    from kvcompile.reporting import report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KvCache",
+    "KvCompileError",
+    "PolicyError",
+    "__version__",
+    "explain",
+    "inspect",
+    "optimize",
+    "report",
+    "restore",
+    "use",
+]
+
+_HOMES = {
+    "KvCache": "kvcompile.cache",
+    "KvCompileError": "kvcompile.kernels.errors",
+    "PolicyError": "kvcompile.dsl.diagnostics",
+    "explain": "kvcompile.passes.explain",
+    "inspect": "kvcompile.inspection",
+    "optimize": "kvcompile.api",
+    "report": "kvcompile.reporting",
+    "restore": "kvcompile.api",
+    "use": "kvcompile.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

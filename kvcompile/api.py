@@ -1,0 +1,179 @@
+"""`optimize`, `restore`, `use`: a Hugging Face model in, the same model out, its attention rewritten.
+
+Nothing global is patched: the model and its decoder layers get a `forward` of their own, which `restore`
+takes away again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from kvcompile.compiled import ATTENTION, INNER, LayerForward, Layers, no_copies
+from kvcompile.forward import Engine, OptimizedForward
+from kvcompile.kernels import ops
+from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.layout import Site
+from kvcompile.passes import Compiled, compile_policy
+from kvcompile.passes.facts import model_facts
+from kvcompile.passes.open_anchors import gathered_evictions
+from kvcompile.passes.sites import AttentionSite, find_sites
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+class Optimized:
+    """What `optimize` leaves on a model: how it was compiled, and the way back."""
+
+    def __init__(
+        self, compiled: Compiled, forward: OptimizedForward, sites: tuple[AttentionSite, ...], backend: str, before: str
+    ) -> None:
+        self.compiled, self.forward, self.sites, self.backend, self.before = compiled, forward, sites, backend, before
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise no_copies()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise no_copies()
+
+
+def optimize(
+    model: nn.Module,
+    policy: Any,
+    *,
+    backend: str = "auto",
+    compile: str = "auto",
+    name: str | None = None,
+    tables: dict[str, str | Path] | None = None,
+    max_bytes: int | None = None,
+    **params: Any,
+) -> nn.Module:
+    """Rewrite a model's attention so that its KV cache follows a policy; returns the same model.
+
+    policy: text (it has a line break), a path (ends in `.kvp` or holds a separator) or a library name.
+    backend: `reference`, `cpu`, `triton`, or `auto` by the model's device. compile: how much torch.compile
+    does behind the graph pass: `off`, `eager`, `inductor`, or `auto`, the measured default of the backend.
+    name: one policy of a file that holds several. tables: head tables, by head class. params: the policy's
+    parameters, as numbers or as text of the language.
+
+    Raises PolicyError for the policy, KvCompileError for the model. A model that is already optimised is
+    restored first.
+    """
+    if max_bytes is not None:
+        raise KvCompileError("max_bytes is not supported yet: see the peak that kvcompile.explain gives instead")
+    sites = find_sites(model)
+    chosen = _backend(backend, model)
+    inner = _inner(compile, chosen)
+    facts = model_facts(model)
+    compiled = compile_policy(policy, facts, name=name, tables=tables, **params)
+    restore(model)
+    key = ops.register(ops.Program(compiled.plan, ops.backend(chosen)))
+    layers = Layers(inner)
+    scale = float(sites[0].attention.scaling)  # type: ignore[arg-type]
+    tail = gathered_evictions(compiled.plan, key, scale, len(Site._fields))
+    dtype = next(sites[0].attention.parameters()).dtype
+    engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, dtype, inner != "off")
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+    forward = OptimizedForward(model, engine)
+    for site in sites:
+        site.layer.forward = LayerForward(layers, site.layer, site.index)
+    model.forward = forward
+    model.__dict__["generate"] = _checked_generate(model)
+    model.__dict__["_kvcompile"] = Optimized(compiled, forward, sites, chosen, before)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `optimize`: the model is as it was. A model that is not optimised is left alone."""
+    state = vars(model).pop("_kvcompile", None)
+    if state is None:
+        return model
+    _put_back(model, state.forward, state.forward.original)
+    for site in state.sites:
+        own = vars(site.layer).get("forward")
+        if isinstance(own, LayerForward):
+            _put_back(site.layer, own, own.plain)
+    vars(model).pop("generate", None)
+    model.set_attn_implementation(state.before)  # type: ignore[operator]
+    return model
+
+
+def _put_back(module: nn.Module, ours: Any, original: Any) -> None:
+    if vars(module).get("forward") is not ours:
+        return  # someone has wrapped it since: theirs to undo
+    if getattr(original, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]
+    else:
+        module.forward = original
+
+
+@contextlib.contextmanager
+def use(model: nn.Module, policy: Any, **options: Any) -> Iterator[nn.Module]:
+    """`optimize` for a block; the model is restored when the block ends, however it ends."""
+    try:
+        yield optimize(model, policy, **options)
+    finally:
+        restore(model)
+
+
+def optimized(model: nn.Module) -> Optimized:
+    """What `optimize` left on a model; an error that says so where it did not run."""
+    state = vars(model).get("_kvcompile")
+    if state is None:
+        raise KvCompileError(f"this {type(model).__name__} is not optimised: call kvcompile.optimize(model, policy) first")
+    return state  # type: ignore[no-any-return]
+
+
+def _backend(backend: str, model: nn.Module) -> str:
+    if backend not in BACKENDS:
+        raise KvCompileError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if next(model.parameters()).device.type == "cuda" else "cpu"
+    if backend == "cpu" and next(model.parameters()).device.type != "cpu":
+        raise KvCompileError(f"backend 'cpu' with a model on {next(model.parameters()).device}: use 'triton' or 'reference'")
+    return backend
+
+
+def _inner(compile: str, backend: str) -> str:
+    if compile not in ("auto", *INNER):
+        raise KvCompileError(f"unknown compile={compile!r}: one of auto, {', '.join(INNER)}")
+    if compile == "auto":
+        return AUTO[backend]
+    return compile
+
+
+# docs/architecture.md has the figures behind these.
+AUTO = {"reference": "off", "cpu": "eager", "triton": "eager"}
+
+
+def _checked_generate(model: nn.Module) -> Any:
+    """generate() that refuses, before anything runs, what an evicting cache cannot do yet."""
+    original = model.generate
+
+    @functools.wraps(original)  # type: ignore[arg-type]
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("generation_config") or model.generation_config
+
+        def option(key: str) -> Any:
+            return kwargs.get(key) if kwargs.get(key) is not None else getattr(given, key, None)
+
+        if (option("num_beams") or 1) > 1:
+            raise KvCompileError("beam search is not supported yet: it moves sequences between rows; use num_beams=1")
+        if kwargs.get("assistant_model") is not None or option("prompt_lookup_num_tokens"):
+            raise KvCompileError("assisted decoding is not supported yet: rejected tokens would need evicted entries back")
+        if option("prefill_chunk_size"):
+            raise KvCompileError("prefill_chunk_size is not supported: write `at chunk(n)` in the policy, it cuts the prompt")
+        if option("penalty_alpha"):
+            raise KvCompileError("contrastive search is not supported yet: it needs several futures of one cache")
+        if option("cache_implementation"):
+            raise KvCompileError(f"cache_implementation={option('cache_implementation')!r} contradicts the policy's own cache")
+        return original(*args, **kwargs)  # type: ignore[operator]
+
+    return generate

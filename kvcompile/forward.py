@@ -1,0 +1,251 @@
+"""The forward of an optimised model: cuts prompts into the policy's pieces and keeps the host's account.
+
+Stands in the model's `forward` as an instance attribute. Every forward that reaches the layers is
+right-aligned, without padding inside a row and with explicit positions; no mask exists below this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.cache import KvCache
+from kvcompile.compiled import Call, Layers, no_copies
+from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
+from kvcompile.reserve import row_bounds
+from kvcompile.run import Stopwatch
+from kvcompile.sequences import Piece
+from kvcompile.store import PagedStore
+from kvcompile.stub import StubCache
+
+
+@dataclass
+class Engine:
+    """What an optimised model runs on; `tail` is the gathered eviction of a decode step."""
+
+    plan: PolicyPlan
+    site: str
+    paged: bool
+    layers: Layers
+    tail: Callable[..., Any] | None
+    dtype: torch.dtype
+    compiled: bool
+
+
+class OptimizedForward:
+    """Callable in place of `model.forward`, with the same signature."""
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        self.original = model.forward
+        self.engine = engine
+        self.run: Any = None  # account of the latest cache
+        self.model = model
+        functools.update_wrapper(self, self.original)
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        _refuse_unsupported(self.model, kwargs)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise KvCompileError("give exactly one of input_ids and inputs_embeds")
+        as_tuple = kwargs.pop("return_dict", None) is False
+        with torch.no_grad():
+            cache = self._cache(past_key_values, tokens)
+            columns = columns_of(tokens, attention_mask)
+            _check_positions(cache, columns, position_ids)
+            output = self._forward(tokens, columns, cache, logits_to_keep, kwargs, input_ids is None)
+            if labels is not None:
+                output.loss = self.model.loss_function(output.logits, labels, self.model.config.vocab_size)
+        output.past_key_values = cache
+        return output.to_tuple() if as_tuple else output
+
+    def _cache(self, past: Any, tokens: Tensor) -> KvCache:
+        if past is not None and not isinstance(past, KvCache) and past.get_seq_length() > 0:
+            raise KvCompileError(
+                f"past_key_values is a {type(past).__name__} that already holds tokens; an optimised model continues "
+                "only a KvCache of its own (take it from `past_key_values` of an earlier output)"
+            )
+        if isinstance(past, KvCache):
+            if past.plan.digest != self.engine.plan.digest:
+                raise KvCompileError("this KvCache was filled under another policy or model")
+            if past.batch != tokens.shape[0]:
+                raise KvCompileError(f"this KvCache holds {past.batch} sequences, the input {tokens.shape[0]}")
+            return past
+        self.run = None  # a finished run's memory goes before the new one's comes
+        cache = KvCache(self.engine.plan, tokens.shape[0], self.engine.paged, self.engine.dtype, tokens.device)
+        self.run = cache.run
+        return cache
+
+    def _forward(
+        self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], embeds: bool
+    ) -> Any:
+        """Steps and prefills of one call; a batch that mixes them runs once for each kind."""
+        stepping = [len(c) == 1 and s.prefilled for c, s in zip(columns, cache.sequences.each, strict=True)]
+        cache.columns += tokens.shape[1]
+        name = "inputs_embeds" if embeds else "input_ids"
+        if all(stepping) or not any(stepping):
+            run = self._step if all(stepping) else self._prefill
+            return run(tokens, columns, cache, keep, kwargs, name)
+        chosen = torch.tensor(stepping, device=tokens.device)
+        outputs = []
+        for run, mask in ((self._prefill, ~chosen), (self._step, chosen)):
+            part = [c if m else [] for c, m in zip(columns, mask.tolist(), strict=True)]
+            outputs.append(run(tokens, part, cache, keep, kwargs, name))
+        prefill, step = outputs
+        prefill.logits = torch.where(chosen[:, None, None], step.logits[:, -1:], prefill.logits)
+        return prefill
+
+    def _step(
+        self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], name: str
+    ) -> Any:
+        pieces = [Piece(len(c), step=True) if c else Piece(0) for c in columns]
+        newest = gather_columns(tokens, columns, 1) if tokens.shape[1] > 1 else tokens
+        positions = torch.tensor([[s.seen] for s in cache.sequences.each], device=tokens.device)
+        return self._run(newest, positions, pieces, "step", cache, 0, kwargs, name)
+
+    def _prefill(
+        self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], name: str
+    ) -> Any:
+        plan = self.engine.plan
+        cache.sequences.begin_prefill([len(c) for c in columns])
+        size = plan.chunk or max(1, max(len(c) for c in columns))
+        count = max(1, max(-(-len(c) // size) for c in columns))
+        aligned = count == 1 and all(c == list(range(tokens.shape[1] - len(c), tokens.shape[1])) for c in columns)
+        if not aligned and kwargs.get("output_hidden_states"):
+            raise KvCompileError("output_hidden_states is not supported for prompts that are cut or padded on the right")
+        last_only = isinstance(keep, int) and keep == 1
+        logits: Tensor | None = None
+        for j in range(count):
+            parts = [c[j * size : (j + 1) * size] for c in columns]
+            ends = [bool(p) and (j + 1) * size >= len(c) for p, c in zip(parts, columns, strict=True)]
+            peeks = [c[-plan.peek :] if plan.peek and p and not e else [] for c, p, e in zip(columns, parts, ends, strict=True)]
+            pieces = [Piece(len(p), len(w), e) for p, w, e in zip(parts, peeks, ends, strict=True)]
+            width = max(p.new + p.peek for p in pieces)
+            both = [p + w for p, w in zip(parts, peeks, strict=True)]
+            positions = _positions(cache, pieces, width, tokens.device)
+            piece = tokens if aligned else gather_columns(tokens, both, width)
+            if aligned:
+                positions = _positions(cache, pieces, tokens.shape[1], tokens.device)
+            phase = "prefill.end" if any(ends) else "chunk"
+            wanted = keep if aligned else int(last_only)
+            output = self._run(piece, positions, pieces, phase, cache, wanted, kwargs, name)
+            if aligned:
+                return output
+            if last_only:
+                done = torch.tensor(ends, device=tokens.device)[:, None, None]
+                logits = output.logits if logits is None else torch.where(done, output.logits, logits)
+            else:
+                logits = scatter_columns(output.logits, parts, pieces, logits, tokens.shape[1])
+        assert logits is not None
+        output.logits = logits if last_only else _keep(logits, keep)
+        return output
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, pieces: list[Piece], phase: str, cache: KvCache,
+        keep: int | Tensor, kwargs: dict[str, Any], name: str,
+    ) -> Any:  # fmt: skip
+        """One forward through the layers: numbers in, memory reserved, account kept."""
+        engine, store, sequences = self.engine, cache.store, cache.sequences
+        clock, counts = sequences.numbers(pieces)
+        fires = sequences.fires(pieces, store.lengths() if _asks_length(engine.plan) else None)
+        _reserve(engine.plan, cache, pieces, phase, counts, fires)
+        for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
+            target.copy_(source, non_blocking=True)
+        cache.run.before(pieces, store.lengths(), tokens.shape[1])
+        # A piece of one token would specialise the graph of longer ones.
+        compiled = engine.compiled and (phase == "step" or tokens.shape[1] > 1)
+        call = Call(phase, engine.site, store.sites(), compiled)
+        with Stopwatch(store.device, wait=phase != "step") as watch:
+            output = self.original(
+                **{name: tokens}, attention_mask=None, position_ids=positions, past_key_values=StubCache(),
+                use_cache=True, logits_to_keep=keep, return_dict=True, kvc=call, **kwargs,
+            )  # fmt: skip
+            if phase == "step" and compiled and engine.tail is not None and bool(fires.any()):
+                engine.tail(*[t for site in call.sites for t in site])
+        sequences.advance(pieces, fires)
+        cache.run.timed(watch.seconds, phase == "step", sum(p.new for p in pieces))
+        return output
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise no_copies()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise no_copies()
+
+
+def _asks_length(plan: PolicyPlan) -> bool:
+    return any(t.kind == "full" for c in plan.classes for t in c.triggers)
+
+
+def _positions(cache: KvCache, pieces: list[Piece], width: int, device: torch.device) -> Tensor:
+    """Logical positions of right-aligned tokens, int64 [batch, width]; 0 where there is none."""
+    start = torch.tensor([s.seen for s in cache.sequences.each])[:, None]
+    used = torch.tensor([p.new + p.peek for p in pieces])[:, None]
+    offset = torch.arange(width) - (width - used)
+    return torch.where(offset >= 0, start + offset, 0).to(device)
+
+
+def _reserve(
+    plan: PolicyPlan, cache: KvCache, pieces: list[Piece], phase: str, counts: Tensor, fires: Tensor
+) -> None:
+    store = cache.store
+    if phase == "step":
+        store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
+        return
+    lengths = store.lengths().tolist()
+    for layer in range(plan.facts.layers):
+        bounds = list[int]()
+        for b, piece in enumerate(pieces):
+            row = [0] * plan.facts.kv_heads
+            for cls in plan.site_classes(layer):
+                heads = plan.heads(layer, cls)
+                held = [lengths[layer][b][h] for h in heads]
+                numbers = counts[layer, :, b].tolist()
+                got = row_bounds(plan, plan.classes[cls], held, piece.new, bool(fires[cls, b]), numbers)
+                for h, bound in zip(heads, got, strict=True):
+                    row[h] = bound
+            bounds += row
+        store.reserve(layer, bounds)
+    if isinstance(store, PagedStore):
+        store.commit()
+
+
+def _keep(logits: Tensor, keep: int | Tensor) -> Tensor:
+    return logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
+
+
+def _check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | None) -> None:
+    """Positions are the sequence's own count; others would contradict the policy, which tests them."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.device.type != "cpu":
+        return
+    for b, (cols, seq) in enumerate(zip(columns, cache.sequences.each, strict=True)):
+        given = position_ids[b if position_ids.shape[0] > 1 else 0]
+        if cols and len(given) > cols[-1] and int(given[cols[-1]]) != seq.seen + len(cols) - 1:
+            raise KvCompileError(
+                f"position_ids of sequence {b} end at {int(given[cols[-1]])}, its tokens at {seq.seen + len(cols) - 1}: "
+                "positions of one's own are not supported"
+            )
+
+
+def _refuse_unsupported(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    if model.training and torch.is_grad_enabled():
+        raise KvCompileError("an optimised model is for inference: call model.eval(), or restore it before training")
+    if kwargs.get("output_attentions"):
+        raise KvCompileError("output_attentions is not supported: no attention matrix exists; restore the model first")

@@ -1,0 +1,77 @@
+"""`report`: what a run really did, next to what arithmetic allows. Counted by the cache itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kvcompile.api import optimized
+from kvcompile.kernels.errors import KvCompileError
+
+KEYS = (
+    "policy", "footprint", "peak", "kept", "bytes_resident", "bytes_allocated", "bytes_full", "bytes_peak", "lengths",
+    "prefill_seconds", "decode_tokens_per_second", "ceiling", "evictions", "graph_breaks", "recompiles",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of a model's latest run. Bytes are bytes, times seconds, ratios fractions of the full cache.
+
+    `lengths` [layer][KV head] are the first sequence's; footprint and peak are means over sequences.
+    """
+
+    values: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def __getattr__(self, key: str) -> Any:
+        if key == "values" or key not in self.values:
+            raise AttributeError(key)
+        return self.values[key]
+
+    def __str__(self) -> str:
+        v = self.values
+        lengths = [n for row in v["lengths"] for n in row]
+        lines = [
+            f"policy             {v['policy']}",
+            f"KV footprint       {v['footprint']:.4f} of full attention, peak {v['peak']:.4f}",
+            f"entries            {v['kept']:.1%} kept, {v['evictions']} evicted; "
+            f"{min(lengths)} to {max(lengths)} per KV head (first sequence)",
+            f"bytes held         {_bytes(v['bytes_resident'])} of {_bytes(v['bytes_full'])} "
+            f"({v['bytes_resident'] / max(1, v['bytes_full']):.1%}); pools {_bytes(v['bytes_allocated'])}, "
+            f"peak {_bytes(v['bytes_peak'])}",
+            f"speed              prefill {v['prefill_seconds']:.3f} s, decode {v['decode_tokens_per_second']:.1f} tokens/s "
+            f"(at most {v['ceiling']:.2f} times the full cache's at equal batch, by memory traffic)",
+            f"graphs             {v['graph_breaks']} breaks, {v['recompiles']} recompiles",
+        ]
+        if v["evictions"]:
+            lines.append("                   eviction is lossy: `kvcompile verify` measures what was lost")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """The report of an optimised model's latest run. Raises KvCompileError before the first one."""
+    state = optimized(model)
+    run = state.forward.run
+    if run is None:
+        raise KvCompileError("nothing has run yet: call model.generate(...) first, then kvcompile.report(model)")
+    layers = state.forward.engine.layers
+    values = {
+        "policy": state.compiled.plan.name,
+        **run.numbers(),
+        "graph_breaks": len(layers.breaks),
+        "recompiles": layers.recompiles,
+    }
+    return Report({key: values[key] for key in KEYS})
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    raise AssertionError

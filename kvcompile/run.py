@@ -1,0 +1,108 @@
+"""The account of one cache's life: footprint, peak, bytes, time. Counted, never estimated.
+
+Footprint follows PruLong (arXiv 2506.17121): each forward of n tokens on P resident entries adds
+n(n+1)/2 + nP, over T(T+1)/2, mean over KV heads; peak is the largest mean over KV heads of P + n, over T.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.sequences import Piece
+from kvcompile.store import ExtentStore, PagedStore
+
+
+class Run:
+    """Accounts for one cache. After `close` the numbers stay, the memory does not."""
+
+    def __init__(self, plan: PolicyPlan, store: ExtentStore | PagedStore, batch: int) -> None:
+        self.plan, self.store = plan, store
+        self.batch = batch
+        self.area = torch.zeros(batch, dtype=torch.float64)
+        self.widest = torch.zeros(batch, dtype=torch.float64)
+        self.tokens = [0] * batch
+        self.prefill_tokens = 0
+        self.prefill_seconds = 0.0
+        self.decode_steps = 0
+        self.decode_seconds = 0.0
+        self.bytes_peak = 0
+        self._closed: dict[str, object] | None = None
+
+    def before(self, pieces: Sequence[Piece], lengths: Tensor, width: int) -> None:
+        """A forward of `width` columns is about to run on rows of these lengths, int32 [layers, batch, kv_heads]."""
+        resident = lengths.to("cpu", torch.float64).mean((0, 2))
+        n = torch.tensor([p.new + p.peek for p in pieces], dtype=torch.float64)
+        self.area += n * (n + 1) / 2 + n * resident
+        self.widest = torch.maximum(self.widest, torch.where(n > 0, resident + n, 0.0))
+        for b, piece in enumerate(pieces):
+            self.tokens[b] += piece.new
+        fresh = self.batch * width * self.plan.facts.kv_heads * self.plan.facts.entry_bytes
+        self.bytes_peak = max(self.bytes_peak, self.store.bytes_allocated() + max(fresh, self.store.transient))
+        self.store.transient = 0
+
+    def timed(self, seconds: float, step: bool, tokens: int) -> None:
+        """A forward of so many real tokens took so long, on the host's clock."""
+        if step:
+            self.decode_steps += 1
+            self.decode_seconds += seconds
+        else:
+            self.prefill_tokens += tokens
+            self.prefill_seconds += seconds
+
+    def close(self) -> None:
+        """Take down the figures that need the memory, then let it go."""
+        self._closed = self._memory()
+        del self.store
+
+    def _memory(self) -> dict[str, object]:
+        lengths = self.store.lengths()
+        facts = self.plan.facts
+        heads = facts.layers * facts.kv_heads
+        seen = sum(self.tokens)
+        entries = int(lengths.sum())
+        full = seen * heads * facts.entry_bytes
+        read = entries * facts.entry_bytes
+        return {
+            "kept": entries / (seen * heads) if seen else 1.0,
+            "bytes_resident": self.store.bytes_resident(),
+            "bytes_allocated": self.store.bytes_allocated(),
+            "bytes_full": full,
+            "bytes_peak": max(self.bytes_peak, self.store.bytes_allocated()),
+            "lengths": lengths[:, 0].tolist(),
+            "evictions": seen * heads - entries,
+            "ceiling": (facts.weight_bytes + full) / (facts.weight_bytes + read) if facts.weight_bytes + read else 1.0,
+        }
+
+    def numbers(self) -> dict[str, object]:
+        """The figures of the report, in its keys. `lengths` is that of the first sequence; ratios are means over
+        sequences of each one's own ratio."""
+        total = torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
+        steps = self.decode_steps * self.batch
+        return {
+            "footprint": float((self.area / (total * (total + 1) / 2)).mean()),
+            "peak": float((self.widest / total).mean()),
+            "prefill_seconds": self.prefill_seconds,
+            "decode_tokens_per_second": steps / self.decode_seconds if self.decode_seconds else 0.0,
+            **(self._memory() if self._closed is None else self._closed),
+        }
+
+
+class Stopwatch:
+    """Host seconds of a block; waits for the device at the end of a prefill only."""
+
+    def __init__(self, device: torch.device, wait: bool) -> None:
+        self.device, self.wait = device, wait
+
+    def __enter__(self) -> Stopwatch:
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - self.start

@@ -1,0 +1,123 @@
+"""What the host knows of each sequence: how far it is, where its prompt ended, what fires next.
+
+Everything here follows from token counts alone, so nothing is ever read back from a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.counts import layer_counts
+from kvcompile.kernels.layout import Clock
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One forward's share of one sequence: real tokens, peeked tokens, whether its prompt ends here, or a step."""
+
+    new: int
+    peek: int = 0
+    ends: bool = False
+    step: bool = False
+
+
+@dataclass
+class Progress:
+    """One sequence. `seen` is its logical length; `judged` counts units per (class, unit) that had their turn."""
+
+    seen: int = 0
+    prompt: int = 0
+    steps: int = 0
+    prefilled: bool = False
+    judged: dict[tuple[int, str], int] = field(default_factory=dict)
+    since: dict[int, int] = field(default_factory=dict)
+
+
+class Sequences:
+    """The sequences of one cache, and the numbers that each forward hands to the operators."""
+
+    def __init__(self, plan: PolicyPlan, batch: int) -> None:
+        self.plan = plan
+        self.each = [Progress() for _ in range(batch)]
+
+    def begin_prefill(self, new: list[int]) -> None:
+        """A prefill of so many tokens per sequence starts; `prompt` is from now on what it will be."""
+        for seq, n in zip(self.each, new, strict=True):
+            if n:
+                seq.prompt, seq.steps, seq.prefilled = seq.seen + n, 0, False
+
+    def numbers(self, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+        """Clock int64 [batch, Clock.WIDTH] and counts int64 [layers, counts, batch] of the forward to come."""
+        clock = torch.zeros(len(pieces), Clock.WIDTH, dtype=torch.int64)
+        per_sequence = []
+        for b, (seq, piece) in enumerate(zip(self.each, pieces, strict=True)):
+            step = seq.steps + piece.step
+            clock[b] = torch.tensor([piece.new, piece.peek, seq.seen, seq.prompt, step, piece.ends])
+            now = seq.seen + piece.new - 1
+            scalars = {"prompt": seq.prompt, "now": max(now, 0), "chunk": piece.new, "step": step}
+            per_sequence.append([layer_counts(self.plan, i, scalars) for i in range(len(self.plan.counts))])
+        counts = torch.tensor(per_sequence, dtype=torch.int64)
+        shape = (self.plan.facts.layers, len(self.plan.counts), len(pieces))
+        return clock, counts.permute(2, 1, 0).contiguous() if counts.numel() else counts.new_zeros(shape)
+
+    def fires(self, pieces: list[Piece], lengths: Tensor | None) -> Tensor:
+        """Which class decides in which sequence, uint8 [classes, batch].
+
+        `lengths` int32 [layers, batch, kv_heads] before the forward is asked for only by `full(n)`.
+        """
+        out = torch.zeros(len(self.plan.classes), len(pieces), dtype=torch.uint8)
+        for c, cls in enumerate(self.plan.classes):
+            if cls.keeps_all:
+                continue
+            for b, piece in enumerate(pieces):
+                longest = 0 if lengths is None else int(lengths[:, b].max()) + piece.new
+                out[c, b] = piece.new > 0 and any(self._fires(c, t, b, piece, longest) for t in cls.triggers)
+        return out
+
+    def _fires(self, c: int, trigger: Trigger, b: int, piece: Piece, longest: int) -> bool:
+        seq = self.each[b]
+        match trigger.kind:
+            case "prefill.end":
+                return piece.ends
+            case "chunk":
+                return not piece.step
+            case "step":
+                return piece.step
+            case "every":
+                return piece.step and (seq.steps + 1) % (trigger.n or 1) == 0
+            case "full":
+                return longest >= (trigger.n or 0)
+            case "filled" if trigger.unit is None:
+                return seq.since.get(c, 0) + piece.new >= (trigger.n or 0)
+            case "filled":
+                full = self._full_units(trigger.unit or "", seq.seen + piece.new)
+                return full - seq.judged.get((c, trigger.unit or ""), 0) >= (trigger.n or 1)
+        raise NotImplementedError(trigger.kind)
+
+    def _full_units(self, name: str, seen: int) -> int:
+        unit = self.plan.unit(name)
+        return max(0, (seen - unit.offset) // unit.size)
+
+    def advance(self, pieces: list[Piece], fires: Tensor) -> None:
+        """The forward is done: lengths, steps and what has been judged move on."""
+        for b, (seq, piece) in enumerate(zip(self.each, pieces, strict=True)):
+            seq.seen += piece.new
+            seq.steps += piece.step
+            seq.prefilled |= piece.ends
+            for c, cls in enumerate(self.plan.classes):
+                fired = bool(fires[c, b])
+                seq.since[c] = 0 if fired else seq.since.get(c, 0) + piece.new
+                if fired:
+                    self._judge(seq, c, cls)
+
+    def _judge(self, seq: Progress, c: int, cls: ClassPlan) -> None:
+        for trigger in cls.triggers:
+            if trigger.unit is not None:
+                # A unit whose follower is not full yet has had no turn: its score reads the follower.
+                ahead = 1 if (trigger.n or 1) > 1 else 0
+                full = self._full_units(trigger.unit, seq.seen)
+                seq.judged[c, trigger.unit] = max(0, full - ahead)

@@ -1,0 +1,208 @@
+"""The memory behind a cache: pools, tables and lengths of all layers, reserved by the host between forwards.
+
+`ExtentStore` (CPU) has one pool per layer and a growable stretch of slots per row; `PagedStore` (GPU)
+one pool of pages for all layers. Both hand out `layout.Site` lists and count the bytes they really hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.layout import Clock, Site, extent, repack
+from kvcompile.kernels.plan import PolicyPlan
+
+_POOLS = ("k", "v", "pos", "frozen", "state")
+
+
+class Pools:
+    """Flat pools of slots; `slots` may be 0. All of one size, one device."""
+
+    def __init__(self, plan: PolicyPlan, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        width = plan.facts.head_dim
+        self.k = torch.empty(slots, width, dtype=dtype, device=device)
+        self.v = torch.empty(slots, width, dtype=dtype, device=device)
+        self.pos = torch.empty(slots, dtype=torch.int32, device=device)
+        self.frozen = torch.empty(slots, dtype=torch.uint8, device=device)
+        self.state = torch.empty(len(plan.states), slots, dtype=torch.float32, device=device)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).untyped_storage().nbytes() for name in _POOLS)
+
+
+class Store:
+    """What both layouts share: per-row lengths, the ring of newest queries, the numbers of a forward."""
+
+    def __init__(self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        facts = plan.facts
+        self.plan, self.batch, self.dtype, self.device = plan, batch, dtype, device
+        self.rows = batch * facts.kv_heads
+        self.length = torch.zeros(facts.layers, self.rows, dtype=torch.int32, device=device)
+        window = max(plan.query_window, plan.peek)
+        self.ring = torch.zeros(facts.layers, batch, facts.q_heads, window, facts.head_dim, dtype=dtype, device=device)
+        self.layers = torch.arange(facts.layers, device=device)[:, None]
+        self.clock = torch.zeros(batch, Clock.WIDTH, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(facts.layers, len(plan.counts), batch, dtype=torch.int64, device=device)
+        self.fires = torch.zeros(len(plan.classes), batch, dtype=torch.uint8, device=device)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Key, value, position, frozen mark and states of one entry."""
+        width = self.plan.facts.head_dim * torch.empty(0, dtype=self.dtype).element_size()
+        return 2 * width + 4 + 1 + 4 * len(self.plan.states)
+
+    def lengths(self) -> Tensor:
+        """Entries per row, int32 [layers, batch, kv_heads]."""
+        return self.length.view(-1, self.batch, self.plan.facts.kv_heads)
+
+    def site(self, layer: int) -> Site:
+        raise NotImplementedError
+
+    def sites(self) -> list[Site]:
+        return [self.site(layer) for layer in range(self.plan.facts.layers)]
+
+    def positions(self, layer: int, b: int) -> list[Tensor]:
+        """Resident original positions of each KV head, sorted, int64."""
+        site, kv_heads = self.site(layer), self.plan.facts.kv_heads
+        rows = range(site.base(kv_heads) + b * kv_heads, site.base(kv_heads) + (b + 1) * kv_heads)
+        return [site.pos[site.slots(r, 0, int(site.length[r]))].long().sort().values for r in rows]
+
+
+class ExtentStore(Store):
+    """One pool per layer; a row's entries lie side by side, so that attention reads them in place."""
+
+    def __init__(self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(plan, batch, dtype, device)
+        layers = plan.facts.layers
+        self.table = torch.zeros(layers, self.rows, 2, dtype=torch.int64, device=device)
+        self.top = torch.zeros(layers, 1, dtype=torch.int64, device=device)
+        self.free = torch.zeros(0, dtype=torch.int32, device=device)
+        self.pools = [Pools(plan, 0, dtype, device) for _ in range(layers)]
+        self.transient = 0  # largest old pool that stood beside its successor while entries moved
+
+    def site(self, layer: int) -> Site:
+        pool = self.pools[layer]
+        return Site(
+            self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length[layer],
+            self.table[layer], self.free, self.top[layer], self.ring[layer], self.clock, self.counts, self.fires,
+        )  # fmt: skip
+
+    def reserve(self, layer: int, bounds: list[int]) -> None:
+        """Make the layer's pool large enough for rows of so many entries (their sum is what counts)."""
+        slots = sum(extent(b) for b in bounds)
+        lengths = self.length[layer].tolist()
+        slots = max(slots, sum(extent(n) for n in lengths if n))
+        if slots > self.pools[layer].slots:
+            self._resize(layer, slots)
+
+    def reserve_step(self, active: Tensor) -> None:
+        """Room for one more entry in every row of the active sequences (bool [batch]); gives back what is not used."""
+        full = (self.length + 1 > self.table[:, :, 1]) & active.repeat_interleave(self.plan.facts.kv_heads)
+        used = self.table[:, :, 1].sum(1)
+        for layer in range(self.plan.facts.layers):
+            slots = self.pools[layer].slots
+            if not bool(full[layer].any()) and slots <= 2 * int(used[layer]) + self.rows:
+                continue
+            need = {r: extent(n) for r, n in enumerate(self.length[layer].tolist())}
+            total = sum(need.values())
+            if total > slots or 2 * total < slots:
+                self._resize(layer, total)
+            repack(self.site(layer), need)
+
+    def _resize(self, layer: int, slots: int) -> None:
+        old, lengths = self.site(layer), self.length[layer].tolist()
+        self.transient = max(self.transient, self.pools[layer].nbytes)
+        self.pools[layer] = new = Pools(self.plan, slots, self.dtype, self.device)
+        tail = 0
+        for row, n in enumerate(lengths):
+            start = int(self.table[layer, row, 0])
+            for name in _POOLS[:-1]:
+                getattr(new, name)[tail : tail + n] = getattr(old, name)[start : start + n]
+            new.state[:, tail : tail + n] = old.state[:, start : start + n]
+            capacity = min(extent(n), slots - tail) if n else 0
+            self.table[layer, row, 0], self.table[layer, row, 1] = tail, capacity
+            tail += capacity
+        self.top[layer] = tail
+
+    def bytes_resident(self) -> int:
+        """Bytes of the extents that rows hold, unused room at their ends included."""
+        return int(self.table[:, :, 1].sum()) * self.slot_bytes
+
+    def bytes_allocated(self) -> int:
+        return sum(pool.nbytes for pool in self.pools)
+
+
+class PagedStore(Store):
+    """One pool of pages for all layers, a stack of free pages, a table of pages per row."""
+
+    transient = 0
+
+    def __init__(self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(plan, batch, dtype, device)
+        rows = plan.facts.layers * self.rows
+        self.length = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.upper = torch.zeros(rows, dtype=torch.int64)  # what the host knows: no row is longer
+        self.table = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+        self.free = torch.zeros(1, dtype=torch.int32, device=device)
+        self.top = torch.ones(1, dtype=torch.int32, device=device)
+        self.pools = Pools(plan, plan.page, dtype, device)
+
+    def site(self, layer: int) -> Site:
+        pool = self.pools
+        return Site(
+            self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length,
+            self.table, self.free, self.top, self.ring[layer], self.clock, self.counts, self.fires,
+        )  # fmt: skip
+
+    def reserve(self, layer: int, bounds: list[int]) -> None:
+        """Let the layer's rows grow to these bounds; call `commit` once all layers are said."""
+        base = layer * self.rows
+        self.upper[base : base + self.rows] = torch.tensor(bounds)
+
+    def commit(self) -> None:
+        """Grow pool and table to hold every row at its bound, a spare page per row for uneven rows included."""
+        page = self.plan.page
+        pages = int((-(-(self.upper + 1) // page)).sum()) + len(self.upper)
+        widest = -(-int(self.upper.max() + 1) // page)
+        if any(t.scope == "across" for c in self.plan.classes for t in c.selections):
+            widest *= self.plan.facts.kv_heads
+        if widest > self.table.shape[1]:
+            extra = self.table.new_zeros(self.table.shape[0], widest - self.table.shape[1])
+            self.table = torch.cat([self.table, extra], 1)
+        if pages > self.free.shape[0]:
+            self._grow(pages)
+
+    def reserve_step(self, active: Tensor) -> None:
+        """Room for one more entry in every row; reads lengths from the device only when the bound runs out."""
+        step = active.repeat_interleave(self.plan.facts.kv_heads).repeat(self.plan.facts.layers).long().cpu()
+        bound = self.upper + step
+        page = self.plan.page
+        if int((-(-bound // page)).sum()) > self.free.shape[0] or int(bound.max()) > self.table.shape[1] * page:
+            bound = self.length.long().cpu() + step
+            self.upper = bound + page
+            self.commit()
+        self.upper = bound
+
+    def _grow(self, pages: int) -> None:
+        page, old_pages = self.plan.page, self.free.shape[0]
+        old, self.pools = self.pools, Pools(self.plan, pages * page, self.dtype, self.device)
+        self.transient = max(self.transient, old.nbytes)
+        for name in _POOLS[:-1]:
+            getattr(self.pools, name)[: old.slots] = getattr(old, name)
+        self.pools.state[:, : old.slots] = old.state
+        added = torch.arange(old_pages, pages, dtype=torch.int32, device=self.device)
+        top = int(self.top)
+        self.free = torch.cat([self.free[:top], added, self.free.new_zeros(old_pages - top)])
+        self.top = self.top + (pages - old_pages)
+
+    def bytes_resident(self) -> int:
+        """Bytes of the pages that rows hold, unused room in their last pages included."""
+        return (self.free.shape[0] - int(self.top)) * self.plan.page * self.slot_bytes
+
+    def bytes_allocated(self) -> int:
+        return self.pools.nbytes

@@ -1,0 +1,172 @@
+"""Bind: which class every KV head of every layer belongs to.
+
+Takes `kv.class` and `kv.heads` facts, the model's shape and head tables; adds one `kv.site` per layer.
+Guarantees: every head has exactly one class; classes without heads are gone, with their sets; a layer that the
+model lacks, heads claimed twice and tables that do not fit are refused at the policy's place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.transforms.dead_code_elimination import region_dce
+
+from kvcompile.dsl.diagnostics import did_you_mean, fail, outside
+from kvcompile.dsl.dialect import rational
+from kvcompile.dsl.dialect_policy import ClassOp, HeadsOp, PolicyOp, SiteOp
+from kvcompile.dsl.dialect_sets import KeepOp
+from kvcompile.dsl.module import policy_of
+from kvcompile.passes.context import Context
+from kvcompile.passes.tables import choose, read_table
+
+Heads = frozenset[tuple[int, int]]  # (layer, KV head)
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """Adds `kv.site` operations; no options."""
+
+    name: str = "bind"
+
+    def __call__(self, module: ModuleOp, context: Context) -> None:
+        policy = policy_of(module)
+        ops = list(policy.body.block.ops)
+        named = _head_classes([op for op in ops if isinstance(op, HeadsOp)], context)
+        classes = [op for op in ops if isinstance(op, ClassOp)]
+        taken = _rows(classes, named, context)
+        facts = context.facts
+        for layer in range(facts.layers):
+            owners = [taken[layer, head].sym_name.data for head in range(facts.kv_heads)]
+            site = SiteOp(layer, owners)
+            site.location = policy.location
+            policy.body.block.add_op(site)
+        _erase_unused(policy, {op.sym_name.data for op in taken.values()})
+
+
+def _everything(context: Context) -> Heads:
+    facts = context.facts
+    return frozenset((layer, head) for layer in range(facts.layers) for head in range(facts.kv_heads))
+
+
+# ---------------------------------------------------------------- head classes
+
+
+def _head_classes(ops: list[HeadsOp], context: Context) -> dict[str, Heads]:
+    """The heads of every declared class; `rest` is what the other declared classes leave."""
+    declared: dict[str, list[HeadsOp]] = {}
+    for op in ops:
+        declared.setdefault(op.label.data, []).append(op)
+    _check_given(declared, context)
+    found: dict[str, Heads] = {}
+    for name, sources in declared.items():
+        parts = [_table_heads(op, context) for op in sources if op.kind.data == "table"]
+        found[name] = frozenset().union(*parts)
+    open_ = {name for name, sources in declared.items() if any(op.kind.data == "rest" for op in sources)}
+    if len(open_) > 1:
+        raise fail("K602", f"`rest` goes to {', '.join(sorted(open_))}", context.places.span(declared[max(open_)][0]),
+                   "only one class can take what is left")  # fmt: skip
+    aliases = {name for name, sources in declared.items() if all(op.kind.data == "same" for op in sources)}
+    for _ in declared:  # a chain of `same` settles in at most as many rounds as there are classes
+        for name, sources in declared.items():
+            others = [found.get(op.source.data, frozenset()) for op in sources if op.kind.data == "same"]
+            found[name] = found[name].union(*others)
+    for name in open_:
+        others = [heads for other, heads in found.items() if other != name and other not in aliases]
+        found[name] = _everything(context).difference(*others) | found[name]
+    return found
+
+
+def _check_given(declared: dict[str, list[HeadsOp]], context: Context) -> None:
+    with_table = {name for name, ops in declared.items() if sum(op.kind.data == "table" for op in ops) == 1}
+    for name in context.tables:
+        if name not in with_table:
+            raise fail("K601", f"a table is given for `{name}`, which takes none in this policy", outside("<tables>"),
+                       did_you_mean(name, with_table, "classes with a table") or "leave it out")  # fmt: skip
+
+
+def _table_heads(op: HeadsOp, context: Context) -> Heads:
+    name, span = op.label.data, context.places.span(op)
+    path = context.tables.get(name)
+    if path is None:
+        written = Path(op.source.data)
+        base = context.bases.get(name)
+        if base is None and not written.is_absolute():
+            raise fail("K610", f"the policy brings no table for `{name}`", span,
+                       f'give one: tables={{"{name}": "path/to/heads.tsv"}}, or --table {name}=PATH')  # fmt: skip
+        path = written if base is None else base / written
+    table = read_table(path, context.facts.layers, context.facts.kv_heads)
+    heads, warnings = choose(table, rational(op.top) if op.top is not None else None, span)
+    context.findings.extend(warnings)
+    return heads
+
+
+# ---------------------------------------------------------------- classes of rows
+
+
+def _rows(classes: list[ClassOp], named: dict[str, Heads], context: Context) -> dict[tuple[int, int], ClassOp]:
+    """The class of every head: the one with both layers and heads first, then either, then the one without prefix."""
+    claims = {op: _claim(op, named, classes, context) for op in classes}
+    left = _everything(context)
+    named_rows = [claims[op] for op in classes if op.heads is not None and op.heads.data in named]
+    taken: dict[tuple[int, int], ClassOp] = {}
+    for op in sorted(classes, key=lambda op: -_detail(op)):
+        claim = claims[op]
+        if op.heads is not None and op.heads.data == "rest" and "rest" not in named:
+            claim = claim.difference(*named_rows)
+        for row in sorted(claim):
+            owner = taken.setdefault(row, op)
+            if owner is not op and _detail(owner) == _detail(op):
+                raise fail("K602", f"layer {row[0]}, KV head {row[1]} is named by `{owner.sym_name.data}` and by "
+                           f"`{op.sym_name.data}`", context.places.span(op), "nest one prefix in the other")  # fmt: skip
+    for row in sorted(left - taken.keys()):
+        raise fail("K702", f"no clause covers layer {row[0]}, KV head {row[1]}", outside("<policy>"), "add a `rest:` clause")
+    return taken
+
+
+def _detail(op: ClassOp) -> int:
+    return (op.heads is not None) + (op.layers is not None)
+
+
+def _claim(op: ClassOp, named: dict[str, Heads], classes: list[ClassOp], context: Context) -> Heads:
+    claim = _everything(context)
+    ranges = op.ranges()
+    if ranges is not None:
+        wanted = _layers(op, ranges, context)
+        if not ranges:
+            others = [_layers(other, other.ranges() or (), context) for other in classes if other.ranges()]
+            wanted = frozenset(range(context.facts.layers)).difference(*others)
+        claim = frozenset(row for row in claim if row[0] in wanted)
+    if op.heads is not None and (op.heads.data != "rest" or "rest" in named):
+        if op.heads.data not in named:
+            raise fail("K601", f"head class `{op.heads.data}` is not declared", context.places.span(op),
+                       did_you_mean(op.heads.data, named, "declared"))  # fmt: skip
+        claim &= named[op.heads.data]
+    return claim
+
+
+def _layers(op: ClassOp, ranges: tuple[tuple[int, int], ...], context: Context) -> frozenset[int]:
+    count = context.facts.layers
+    found: set[int] = set()
+    for first, last in ranges:
+        ends = [end if end >= 0 else count + end for end in (first, last)]
+        for end in ends:
+            if not 0 <= end < count:
+                raise fail("K701", f"the model has no layer {end}", context.places.span(op),
+                           f"its layers are 0 to {count - 1}")  # fmt: skip
+        if ends[0] > ends[1]:
+            raise fail("K701", f"layers {ends[0]}..{ends[1]} of this model are none", context.places.span(op),
+                       "the first layer comes first")  # fmt: skip
+        found.update(range(ends[0], ends[1] + 1))
+    return frozenset(found)
+
+
+def _erase_unused(policy: PolicyOp, used: set[str]) -> None:
+    for op in list(policy.body.block.ops):
+        unused_keep = isinstance(op, KeepOp) and op.of.root_reference.data not in used
+        unused_class = isinstance(op, ClassOp) and op.sym_name.data not in used
+        if unused_keep or unused_class:
+            op.detach()
+            op.erase()
+    region_dce(policy.body)

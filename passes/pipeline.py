@@ -1,0 +1,110 @@
+"""The compiler from a policy to its frozen plan.
+
+Takes a policy as the user gives it and the facts of a model; gives `Compiled`: plan, text of the kv module after
+each pass, findings, seconds. Guarantees: after every pass the module verifies and its text parses back to it;
+a policy that cannot run here ends in PolicyError at its own place.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from xdsl.dialects.builtin import ModuleOp
+
+from kvcompile.dsl import Diagnostic, PolicyError, Resolved, check, load, resolve
+from kvcompile.dsl.lower import lower
+from kvcompile.dsl.module import Places, to_text, verify
+from kvcompile.dsl.printer import canonical
+from kvcompile.kernels.plan import ModelFacts, PolicyPlan
+from kvcompile.passes.bind import Bind
+from kvcompile.passes.budgets import Budgets
+from kvcompile.passes.context import Context
+from kvcompile.passes.freeze import freeze
+from kvcompile.passes.memory import Memory
+from kvcompile.passes.schedule import Schedule
+
+
+class Pass(Protocol):
+    """Rewrites a kv module in place; options are its fields."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, module: ModuleOp, context: Context) -> None: ...
+
+
+PIPELINE: tuple[Pass, ...] = (Bind(), Budgets(), Schedule(), Memory())
+
+After = Callable[[str, ModuleOp, Places, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A policy bound to a model. `modules` holds MLIR text by pass, "lower" first; `seconds` the time of each."""
+
+    plan: PolicyPlan
+    modules: Mapping[str, str]
+    resolved: Resolved
+    diagnostics: tuple[Diagnostic, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def compile_policy(
+    policy: object,
+    facts: ModelFacts,
+    *,
+    name: str | None = None,
+    tables: Mapping[str, str | os.PathLike[str]] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    dump: str | os.PathLike[str] | None = None,
+    **params: object,
+) -> Compiled:
+    """Compile a policy for a model.
+
+    policy, name, params: as in `optimize`. tables: head class -> path of its table; relative paths count from the
+    working folder. base: the folder that paths in the policy count from, instead of its own. dump: a folder for the
+    text after each pass; without it the variable KVC_DUMP. PolicyError for everything that is wrong with the policy.
+    """
+    resolved = resolve(load(policy, name, base), params)
+    findings = (*resolved.findings, *(d for d in check(resolved) if d not in resolved.findings))
+    if any(finding.severity == "error" for finding in findings):
+        raise PolicyError(*(finding for finding in findings if finding.severity == "error"))
+    start = time.perf_counter()
+    lowered = lower(resolved)
+    context = Context(
+        facts,
+        lowered.places,
+        {head: Path(path) for head, path in (tables or {}).items()},
+        {head.decl.name: head.base for head in resolved.heads},
+    )
+    texts: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    folder = dump if dump is not None else os.environ.get("KVC_DUMP")
+    target = Path(folder) / resolved.name if folder else None
+
+    def after(name: str, module: ModuleOp, places: Places, took: float) -> None:
+        verify(module, places)
+        text = texts[name] = to_text(module)
+        seconds[name] = took
+        if target is not None:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / f"{len(texts) - 1:02d}-{name}.mlir").write_text(text, encoding="utf-8")
+
+    after("lower", lowered.module, lowered.places, time.perf_counter() - start)
+    run(lowered.module, context, after=after)
+    plan = freeze(lowered.module, facts, tuple((key, canonical(value)) for key, value in resolved.params))
+    return Compiled(plan, texts, resolved, (*findings, *context.findings), seconds)
+
+
+def run(module: ModuleOp, context: Context, passes: tuple[Pass, ...] = PIPELINE, after: After | None = None) -> None:
+    """Run passes on a module, in place; `after` is called with name, module, places and seconds of each."""
+    for step in passes:
+        start = time.perf_counter()
+        step(module, context)
+        if after is not None:
+            after(step.name, module, context.places, time.perf_counter() - start)

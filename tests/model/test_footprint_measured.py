@@ -1,0 +1,73 @@
+"""P6: report() counts the footprint and peak that the oracle counts, and explain() where a policy is static."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvcompile
+from tests.driving import BACKENDS, LIBRARY, Sizes, drive, examples, one_by_one, sizes
+from tests.models import random_model, tokens
+from tests.oracle import Oracle
+
+# What these keep depends on lengths alone; in the others a row's length is known too, but not which entries they are.
+STATIC = ("keep_all", "streaming", "prulong", "duo")
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+@examples(3)
+@given(data=st.data())
+def test_p6_report_counts_what_the_oracle_counts(name, data, tmp_path_factory):
+    backend = data.draw(st.sampled_from(BACKENDS), "backend")
+    size = data.draw(sizes(3), "sizes")
+    prompt, steps = data.draw(st.integers(2, 48), "prompt"), data.draw(st.integers(0, 12), "steps")
+    sample = LIBRARY[name](size)
+    options = sample.options(tmp_path_factory.mktemp("mask"))
+    truth = Oracle(random_model("llama64"), sample.rule())
+    truth.run(tokens(prompt, seed=1), tokens(steps, seed=2))
+
+    model = random_model("llama64")
+    kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **options)
+    drive(model, tokens(prompt, seed=1), *one_by_one(tokens(steps, seed=2)))
+    report = kvcompile.report(model).to_dict()
+    assert report["footprint"] == pytest.approx(truth.footprint(), abs=1e-9)
+    assert report["peak"] == pytest.approx(truth.peak(), abs=1e-9)
+    kept = truth.kept()
+    held = sum(len(head) for layer in kept for head in layer)
+    assert report["kept"] == pytest.approx(held / (6 * (prompt + steps)), abs=1e-9)
+    if name in STATIC:
+        plan = kvcompile.explain(sample.policy, model.config, prompt=prompt, generate=steps, **options).to_dict()
+        assert plan["footprint"] == pytest.approx(truth.footprint(), abs=1e-9)
+        assert plan["peak"] == pytest.approx(truth.peak(), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_p6_generate_counts_one_forward_less_than_its_new_tokens(name, tmp_path):
+    sample = LIBRARY[name](Sizes())
+    options = sample.options(tmp_path)
+    model = random_model("llama64")
+    kvcompile.optimize(model, sample.policy, backend="reference", compile="off", **options)
+    prompt = tokens(37, seed=3)
+    made = model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, 37:].tolist()
+    truth = Oracle(random_model("llama64"), sample.rule())
+    truth.run(prompt, made[:-1])
+    report = kvcompile.report(model).to_dict()
+    assert report["footprint"] == pytest.approx(truth.footprint(), abs=1e-9)
+    assert report["peak"] == pytest.approx(truth.peak(), abs=1e-9)
+    expected = [[len(head) for head in layer] for layer in truth.kept()]
+    assert torch.tensor(report["lengths"]).reshape(3, 2).tolist() == expected
+
+
+def test_the_papers_setting_before_running(tmp_path):
+    """Prompt 131072, answer 100, pieces of 32768, sink 128, window 1024, half of 32 x 8 heads local."""
+    from transformers import LlamaConfig
+
+    mask = tmp_path / "mask.tsv"
+    mask.write_text("\n".join("\t".join("1" if h < 4 else "0" for h in range(8)) for _ in range(32)) + "\n")
+    config = LlamaConfig(
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096, head_dim=128
+    )
+    plan = kvcompile.explain("prulong", config, prompt=131072, generate=100, tables={"retrieval": str(mask)}).to_dict()
+    assert plan["footprint"] == pytest.approx(0.6314007, abs=1e-6)
+    assert plan["peak"] == pytest.approx(0.6289147, abs=1e-6)
+    assert {name: c["heads"] for name, c in plan["classes"].items()} == {"retrieval": 128, "local": 128}

@@ -1,0 +1,251 @@
+"""The truth that the product is measured against: a plain simulation of what a policy means.
+
+Takes a Hugging Face model, one prompt without padding and a forced continuation, and a rule of `oracle_policies`.
+Keeps every key and value for ever and a resident flag per (layer, KV head, position); masks what is not resident.
+Gives the logits and the kept positions after each forward, and the KV footprint counted from the flags.
+Uses nothing of kvcompile, so a mistake in the product cannot hide here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+ATTENTION = "test_oracle"
+Kind = Literal["prefill", "step"]
+Kept = tuple[tuple[tuple[int, ...], ...], ...]  # [layer][KV head] -> sorted original positions
+
+
+@dataclass(slots=True)
+class Row:
+    """One (layer, KV head): all that it ever saw, and what of it is still resident.
+
+    keys, values [T, D]; queries [G, T, D]; resident, frozen bool [T]; acc float32 [T]; reads: probabilities
+    [G, n, T + peeked] of the newest forward's queries, 0 where nothing was read; judged: units decided so far.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    resident: Tensor
+    frozen: Tensor
+    acc: Tensor
+    reads: Tensor
+    judged: int = 0
+
+    def positions(self) -> list[int]:
+        return self.resident.nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One forward, as the rules see it: `tokens` real ones from position `start`, then `peeked` ones."""
+
+    kind: Kind
+    start: int
+    tokens: int
+    peeked: int
+    last: bool  # of its prefill
+    prompt: int  # logical length at the newest prefill.end, or what it will be
+
+    @property
+    def now(self) -> int:
+        return self.start + self.tokens - 1
+
+    def fires(self, *triggers: str) -> bool:
+        """Whether one of chunk, prefill.end, step fires after this forward."""
+        on = {"step"} if self.kind == "step" else {"chunk", "prefill.end"} if self.last else {"chunk"}
+        return bool(on.intersection(triggers))
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one forward gave. logits [tokens, vocabulary]; before: entries per [layer][KV head] at its start."""
+
+    piece: Piece
+    logits: Tensor
+    before: tuple[tuple[int, ...], ...]
+    kept: Kept
+
+
+class Oracle:
+    """Runs `model` under `rule`. The model must be one that nothing else has rewritten; it is left as it was."""
+
+    def __init__(self, model: PreTrainedModel, rule) -> None:
+        config = model.config
+        self.model, self.rule = model, rule
+        self.layers, self.heads = config.num_hidden_layers, config.num_key_value_heads
+        self.group = config.num_attention_heads // self.heads
+        dim = config.head_dim
+        self.rows = [
+            [
+                Row(
+                    keys=torch.zeros(0, dim),
+                    values=torch.zeros(0, dim),
+                    queries=torch.zeros(self.group, 0, dim),
+                    resident=torch.zeros(0, dtype=torch.bool),
+                    frozen=torch.zeros(0, dtype=torch.bool),
+                    acc=torch.zeros(0),
+                    reads=torch.zeros(self.group, 0, 0),
+                )
+                for _ in range(self.heads)
+            ]
+            for _ in range(self.layers)
+        ]
+        self.length = 0
+        self.prompt = 0
+        self.scaling = 1.0
+        self.forwards: list[Forward] = []
+        self.closest = math.inf  # smallest relative distance between a kept and a dropped score, exact ties apart
+
+    # -- feeding tokens -------------------------------------------------------------------------------------------
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """One call of the model by its user; returns the logits of all `tokens`, [n, vocabulary]."""
+        tokens = list(tokens)
+        if len(tokens) == 1 and self.prompt > 0:
+            return self._forward(tokens, [], Piece("step", self.length, 1, 0, False, self.prompt)).logits
+        self.prompt = self.length + len(tokens)
+        size = self.rule.chunk or len(tokens)
+        logits = []
+        for at in range(0, len(tokens), size):
+            part = tokens[at : at + size]
+            last = at + size >= len(tokens)
+            peek = [] if last or not self.rule.peek else tokens[-self.rule.peek :]
+            piece = Piece("prefill", self.length, len(part), len(peek), last, self.prompt)
+            logits.append(self._forward(part, peek, piece).logits)
+        return torch.cat(logits)
+
+    def run(self, prompt: Sequence[int], forced: Sequence[int] = ()) -> list[Tensor]:
+        """Logits of the prompt [n, V], then of each forced token [1, V]."""
+        return [self.feed(prompt), *(self.feed([token]) for token in forced)]
+
+    def _forward(self, tokens: list[int], peek: list[int], piece: Piece) -> Forward:
+        before = tuple(tuple(len(row.positions()) for row in layer) for layer in self.rows)
+        self._piece = piece
+        ids = torch.tensor([tokens + peek])
+        places = torch.arange(piece.start, piece.start + ids.shape[1])[None]
+        with torch.no_grad(), _reading(self):
+            out = self.model(input_ids=ids, position_ids=places, use_cache=False)
+        self.length += piece.tokens
+        for layer in range(self.layers):
+            self.rule.decide(self, layer, list(range(self.heads)), piece)
+        done = Forward(piece, out.logits[0, : piece.tokens].float(), before, self.kept())
+        self.forwards.append(done)
+        return done
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of one layer: query [Hq, n, D], key and value [Hkv, n, D] of this forward -> [n, Hq, D]."""
+        self.scaling = scaling
+        piece, n = self._piece, query.shape[1]
+        outputs = []
+        for head in range(self.heads):
+            row = self.rows[layer][head]
+            past = row.positions()
+            keys = torch.cat([row.keys[past], key[head]])
+            values = torch.cat([row.values[past], value[head]])
+            columns = past + list(range(piece.start, piece.start + n))
+            row.reads = torch.zeros(self.group, n, piece.start + n)
+            for g in range(self.group):
+                for j in range(n):
+                    readable = len(past) + j + 1
+                    logit = (keys[:readable] @ query[head * self.group + g, j]).float() * scaling
+                    row.reads[g, j, columns[:readable]] = torch.softmax(logit, 0)
+            outputs.append(row.reads[:, :, columns].to(values.dtype) @ values)
+            self._insert(row, query[head * self.group : (head + 1) * self.group], key[head], value[head])
+            for j in range(piece.tokens):
+                self.rule.on_read(row, row.reads[:, j, : piece.start + piece.tokens])
+        return torch.cat(outputs).transpose(0, 1)
+
+    def _insert(self, row: Row, query: Tensor, key: Tensor, value: Tensor) -> None:
+        n = self._piece.tokens
+        row.keys = torch.cat([row.keys, key[:n].float()])
+        row.values = torch.cat([row.values, value[:n].float()])
+        row.queries = torch.cat([row.queries, query[:, :n].float()], dim=1)
+        row.resident = torch.cat([row.resident, torch.ones(n, dtype=torch.bool)])
+        row.frozen = torch.cat([row.frozen, torch.zeros(n, dtype=torch.bool)])
+        row.acc = torch.cat([row.acc, torch.zeros(n)])
+
+    def last_reads(self, row: Row, width: int) -> Tensor:
+        """Probabilities [G, w, T] of the row's newest queries over what is resident now and not newer than they."""
+        total = len(row.resident)
+        first = max(0, total - width)
+        reads = torch.zeros(self.group, total - first, total)
+        for g in range(self.group):
+            for place in range(first, total):
+                columns = [p for p in row.positions() if p <= place]
+                logit = (row.keys[columns] @ row.queries[g, place]) * self.scaling
+                reads[g, place - first, columns] = torch.softmax(logit, 0)
+        return reads
+
+    # -- what came of it ------------------------------------------------------------------------------------------
+
+    def kept(self) -> Kept:
+        return tuple(tuple(tuple(row.positions()) for row in layer) for layer in self.rows)
+
+    def footprint(self) -> float:
+        """Sum over forwards of n(n+1)/2 + nP, over T(T+1)/2, mean over KV heads; peeked tokens count in n only."""
+        total = sum(f.piece.tokens for f in self.forwards)
+        pairs = 0
+        for f in self.forwards:
+            n = f.piece.tokens + f.piece.peeked
+            pairs += sum(n * (n + 1) // 2 + n * p for layer in f.before for p in layer)
+        return pairs / (self.layers * self.heads) / (total * (total + 1) / 2)
+
+    def peak(self) -> float:
+        """Largest, over forwards, of the KV-head mean of P + n, over T."""
+        total = sum(f.piece.tokens for f in self.forwards)
+        rows = self.layers * self.heads
+        sizes = [
+            sum(p + f.piece.tokens + f.piece.peeked for layer in f.before for p in layer) / rows for f in self.forwards
+        ]
+        return max(sizes) / total
+
+    # -- choosing, shared by the rules ----------------------------------------------------------------------------
+
+    def best(self, scored: list[tuple[float, int, int]], n: int) -> list[tuple[int, int]]:
+        """The n best of (score, position, head), higher first; ties to the older position, then the lower head;
+        NaN loses. Returns (position, head). Notes how close the last winner and the first loser were."""
+        order = sorted(scored, key=lambda s: (math.isnan(s[0]), -s[0] if not math.isnan(s[0]) else 0.0, s[1], s[2]))
+        n = max(0, n)
+        if 0 < n < len(order):
+            won, lost = order[n - 1][0], order[n][0]
+            if won != lost and not math.isnan(lost):
+                self.closest = min(self.closest, abs(won - lost) / max(abs(won), abs(lost)))
+        return [(place, head) for _, place, head in order[:n]]
+
+
+_ACTIVE: list[Oracle] = []
+
+
+class _reading:
+    """Makes the model's attention call back into one oracle, and puts the model's own attention back."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle = oracle
+
+    def __enter__(self) -> None:
+        self.before = self.oracle.model.config._attn_implementation
+        self.oracle.model.set_attn_implementation(ATTENTION)
+        _ACTIVE.append(self.oracle)
+
+    def __exit__(self, *exc: object) -> None:
+        _ACTIVE.pop()
+        self.oracle.model.set_attn_implementation(self.before)
+
+
+def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    if attention_mask is not None:
+        raise AssertionError("the oracle takes one unpadded sequence")
+    return _ACTIVE[-1].read(module.layer_idx, query[0], key[0], value[0], scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
