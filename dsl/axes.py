@@ -77,8 +77,9 @@ def unit_of(word: str, units: Iterable[str]) -> str | None:
     return next((name for name in sorted(known) if word in (name + "s", name + "es")), None)
 
 
-def _bad(env: Env, code: str, message: str, node: ast.Node, hint: str = "") -> None:
+def _bad(env: Env, code: str, message: str, node: ast.Node, hint: str = "") -> str | None:
     env.report(finding(code, message, node.span, hint))
+    return None
 
 
 def _joined(parts: Iterable[str | None]) -> str | None:
@@ -96,7 +97,9 @@ def _name(expr: ast.Name, env: Env) -> str | None:
     if expr.id in env.scores:
         if expr.id in env._open:
             cycle = " -> ".join([*env._open[env._open.index(expr.id) :], expr.id])
-            return _bad(env, "K108", f"scores are defined by each other: {cycle}", expr, "let one of them stand on its own")
+            return _bad(
+                env, "K108", f"scores are defined by each other: {cycle}", expr, "let one of them stand on its own"
+            )
         # The score's own clause reports what is wrong inside it.
         inner = Env(env.known, env.scores, env.units, _ignore, [*env._open, expr.id])
         return axes_of(env.scores[expr.id], inner)
@@ -109,8 +112,13 @@ def _field(expr: ast.Field, env: Env) -> str | None:
     known = words.OWNERS.get(expr.owner)
     if known is None or expr.name not in known:
         names = [f"{owner}.{name}" for owner, names in words.OWNERS.items() for name in names]
-        return _bad(env, "K101", f"unknown field `{expr.owner}.{expr.name}`", expr,
-                    did_you_mean(f"{expr.owner}.{expr.name}", names, "fields"))  # fmt: skip
+        return _bad(
+            env,
+            "K101",
+            f"unknown field `{expr.owner}.{expr.name}`",
+            expr,
+            did_you_mean(f"{expr.owner}.{expr.name}", names, "fields"),
+        )
     return words.FIELDS[expr.name]
 
 
@@ -120,7 +128,9 @@ def _portion(expr: ast.Portion, env: Env) -> None:
     value = expr.fraction.value if isinstance(expr.fraction, ast.Number) else None
     fits = isinstance(expr.fraction, ast.Number) and expr.fraction.kind in ("percent", "float")
     if value is None or not fits or not 0 <= value <= 1:
-        _bad(env, "K210", "`of` wants a percentage between 0% and 100% on its left", expr, f"such as `10% of {expr.of}`")
+        _bad(
+            env, "K210", "`of` wants a percentage between 0% and 100% on its left", expr, f"such as `10% of {expr.of}`"
+        )
 
 
 def _reduce(expr: ast.Reduce, env: Env) -> str | None:
@@ -134,16 +144,26 @@ def _reduce(expr: ast.Reduce, env: Env) -> str | None:
 
 def _reduce_one(expr: ast.Reduce, axis: ast.Axis, body: str | None, env: Env) -> str | None:
     if axis.name not in words.AXES:
-        return _bad(env, "K114", f"unknown axis `{axis.name}`", axis,
-                    "axes are q queries, g grouped query heads, h heads, d channels, i tokens, u units")  # fmt: skip
+        return _bad(
+            env,
+            "K114",
+            f"unknown axis `{axis.name}`",
+            axis,
+            "axes are q queries, g grouped query heads, h heads, d channels, i tokens, u units",
+        )
     if axis.source is not None:
         _query_source(axis, env)
     if body is None:
         return None
     if axis.name != "h" and axis.name not in body:
         shown = f"`{body}`" if body else "none"
-        return _bad(env, "K203", f"`{expr.fn}[{axis.name}]` over something without an axis `{axis.name}`; open here: {shown}",
-                    expr, _missing_hint(axis.name))  # fmt: skip
+        return _bad(
+            env,
+            "K203",
+            f"`{expr.fn}[{axis.name}]` over something without an axis `{axis.name}`; open here: {shown}",
+            expr,
+            _missing_hint(axis.name),
+        )
     if expr.fn == "softmax":
         return body
     if axis.name == "h":  # all query heads of the layer, so the groups with them
@@ -169,7 +189,12 @@ def _query_source(axis: ast.Axis, env: Env) -> None:
     if axis.name != "q":
         _bad(env, "K114", f"only queries have a source, not `{axis.name}`", axis, shape)
         return
-    if not isinstance(source, ast.Call) or source.fn not in words.QUERY_SOURCES or source.named or len(source.args) != 1:
+    if (
+        not isinstance(source, ast.Call)
+        or source.fn not in words.QUERY_SOURCES
+        or source.named
+        or len(source.args) != 1
+    ):
         _bad(env, "K114", "unknown source of queries", source or axis, shape)
         return
     arg = source.args[0]
@@ -208,7 +233,9 @@ def _call(expr: ast.Call, env: Env) -> str | None:
     if expr.fn in words.PAIRS or expr.fn == "norm":
         for part, arg in zip(parts, expr.args, strict=True):
             if part is not None and "d" not in part:
-                return _bad(env, "K203", f"`{expr.fn}` wants vectors, and this has no axis `d`", arg, _missing_hint("d"))
+                return _bad(
+                    env, "K203", f"`{expr.fn}` wants vectors, and this has no axis `d`", arg, _missing_hint("d")
+                )
         return joined.replace("d", "")
     return joined
 
@@ -219,8 +246,15 @@ def _pool(expr: ast.Call, body: str | None, env: Env) -> str | None:
         _bad(env, "K209", f"`{expr.fn}` wants a constant width", width, "such as 7")
     elif width.value % 2 == 0:
         value = Fraction(width.value)
-        _bad(env, "K209", f"the pooling width {value} is even, so no entry is its centre", width,
-             f"take {value - 1} or {value + 1}")  # fmt: skip
+        _bad(
+            env,
+            "K209",
+            f"the pooling width {value} is even, so no entry is its centre",
+            width,
+            f"take {value - 1} or {value + 1}",
+        )
     if body is not None and "i" not in body:
-        return _bad(env, "K203", f"`{expr.fn}` runs along the entries, and this has no axis `i`", expr, _missing_hint("i"))
+        return _bad(
+            env, "K203", f"`{expr.fn}` runs along the entries, and this has no axis `i`", expr, _missing_hint("i")
+        )
     return body

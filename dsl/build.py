@@ -82,7 +82,9 @@ class Builder:
         for i, arg in enumerate(given):
             if not isinstance(arg, ast.Named):
                 if i >= len(args):
-                    raise fail("K014", "a positional argument stands after a named one", arg.span, "move it to the front")
+                    raise fail(
+                        "K014", "a positional argument stands after a named one", arg.span, "move it to the front"
+                    )
             elif arg.name in seen:
                 raise fail("K014", f"the argument `{arg.name}` is given twice", arg.span, "leave one of them out")
             else:
@@ -418,12 +420,21 @@ class Builder:
 
     def _digits(self, text: str, place: Part) -> int:
         if len(text) > _MAX_DIGITS:
-            raise fail("K007", f"a number of {len(text)} digits", self.span(place), f"numbers have at most {_MAX_DIGITS} digits")
+            raise fail(
+                "K007",
+                f"a number of {len(text)} digits",
+                self.span(place),
+                f"numbers have at most {_MAX_DIGITS} digits",
+            )
         return int(text)
 
     def _decimal(self, text: str, place: Part) -> Fraction:
         mantissa, _, exponent = text.lower().partition("e")
         if len(mantissa) > _MAX_DIGITS + 1 or len(exponent) > 4 or (exponent and abs(int(exponent)) > _MAX_EXPONENT):
-            raise fail("K007", "a number of this size or precision is not meant", self.span(place),
-                       f"at most {_MAX_DIGITS} digits, exponents from -{_MAX_EXPONENT} to {_MAX_EXPONENT}")  # fmt: skip
+            raise fail(
+                "K007",
+                "a number of this size or precision is not meant",
+                self.span(place),
+                f"at most {_MAX_DIGITS} digits, exponents from -{_MAX_EXPONENT} to {_MAX_EXPONENT}",
+            )
         return Fraction(text)

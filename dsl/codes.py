@@ -25,46 +25,78 @@ class Code:
 CATALOGUE: dict[str, Code] = {
     # ------------------------------------------------------------ K0: text and syntax
     "K001": Code("error", "unexpected word", "The text does not follow the grammar at this place."),
-    "K002": Code("error", "unexpected character", "A character that the language does not use outside comments and strings."),
-    "K003": Code("error", "unbalanced bracket or quote", "Every bracket and quote needs its partner, of the same kind."),
-    "K004": Code("error", "indentation", "Blocks are indented by spaces, and every clause of a block by the same number."),
-    "K005": Code("error", "else at clause depth", "`else` belongs to the `keep` above it; indent it deeper than that `keep`."),
+    "K002": Code(
+        "error", "unexpected character", "A character that the language does not use outside comments and strings."
+    ),
+    "K003": Code(
+        "error", "unbalanced bracket or quote", "Every bracket and quote needs its partner, of the same kind."
+    ),
+    "K004": Code(
+        "error", "indentation", "Blocks are indented by spaces, and every clause of a block by the same number."
+    ),
+    "K005": Code(
+        "error", "else at clause depth", "`else` belongs to the `keep` above it; indent it deeper than that `keep`."
+    ),
     "K006": Code("error", "block", "A header with clauses ends in `:`, and its clauses stand indented below it."),
     "K007": Code("error", "number", "A number is malformed or too large to be meant."),
-    "K008": Code("error", "nesting too deep", "Brackets, blocks or operators are nested beyond the limit of the language."),
+    "K008": Code(
+        "error", "nesting too deep", "Brackets, blocks or operators are nested beyond the limit of the language."
+    ),
     "K009": Code("error", "text too large", "A policy text may hold at most 1 MiB."),
     "K010": Code("error", "unreadable file", "The policy file cannot be read as UTF-8 text."),
     "K011": Code("error", "no such file", "The policy path names no file."),
-    "K012": Code("error", "which policy", "A text with several policies needs a name to pick one; a text without any cannot run."),
+    "K012": Code(
+        "error", "which policy", "A text with several policies needs a name to pick one; a text without any cannot run."
+    ),
     "K013": Code("error", "unknown policy", "No policy of that name is in the file or the library."),
     "K014": Code("error", "argument order", "Positional arguments come before named ones, and each name stands once."),
-    "K015": Code("error", "not a policy", "A policy is a text with a line break, a path, or the name of a library policy."),
+    "K015": Code(
+        "error", "not a policy", "A policy is a text with a line break, a path, or the name of a library policy."
+    ),
     # ------------------------------------------------------------ K1: names
-    "K101": Code("error", "unknown name", "The word names no parameter, score, state, share, landmark, field or run-time number."),
+    "K101": Code(
+        "error", "unknown name", "The word names no parameter, score, state, share, landmark, field or run-time number."
+    ),
     "K102": Code("error", "unknown function", "The language has no function of that name here."),
     "K103": Code("error", "unknown region", "The set names no region and no `pick`."),
     "K104": Code("error", "unknown parameter", "The policy has no parameter of that name."),
-    "K105": Code("error", "reserved word", "Verbs, fields, axes, region and scope words cannot be given another meaning."),
+    "K105": Code(
+        "error", "reserved word", "Verbs, fields, axes, region and scope words cannot be given another meaning."
+    ),
     "K106": Code("error", "defined twice", "A name stands for one thing within a policy or file."),
     "K107": Code("error", "unknown parent", "`extends` looks in the same file, then in the library."),
-    "K108": Code("error", "circular definition", "Policies, parameters, scores and head classes cannot be defined by themselves."),
+    "K108": Code(
+        "error", "circular definition", "Policies, parameters, scores and head classes cannot be defined by themselves."
+    ),
     "K109": Code("error", "wrong kind of value", "The value does not fit what the parameter or argument stands for."),
-    "K110": Code("error", "unknown unit", "A selection, region or scope names a unit that the policy does not declare."),
+    "K110": Code(
+        "error", "unknown unit", "A selection, region or scope names a unit that the policy does not declare."
+    ),
     "K111": Code("error", "unknown scope", "Scopes are per, shared and across, each with its own words."),
     "K112": Code("error", "unknown trigger", "`at` knows prefill.end, chunk, step, every, filled, full and when."),
     "K113": Code("error", "wrong number of arguments", "The construct takes another number of arguments."),
-    "K114": Code("error", "unknown reduction or axis", "Reductions are sum mean max min var std softmax over q g h d i u."),
+    "K114": Code(
+        "error", "unknown reduction or axis", "Reductions are sum mean max min var std softmax over q g h d i u."
+    ),
     "K115": Code("error", "unknown format", "The word is no format of `store`."),
     "K116": Code("error", "unknown word", "The clause knows only the words that the message lists."),
     "K117": Code("warning", "unused parameter", "The parameter changes nothing: no clause reads it."),
     # ------------------------------------------------------------ K2: sets and scopes
     "K201": Code("error", "selection without a score", "`top`, `bottom` and `cover` rank entries: say by which score."),
-    "K202": Code("error", "left-over axis", "A score has one value per entry; every other axis must be reduced, only g may be left."),
+    "K202": Code(
+        "error",
+        "left-over axis",
+        "A score has one value per entry; every other axis must be reduced, only g may be left.",
+    ),
     "K203": Code("error", "missing axis", "A reduction or score needs an axis that its operand does not have."),
     "K204": Code("error", "free query axis", "`keep` and `store` decide without a query: q must be reduced."),
-    "K205": Code("error", "impossible count", "The count is negative by constants alone: regions take more than the budget."),
+    "K205": Code(
+        "error", "impossible count", "The count is negative by constants alone: regions take more than the budget."
+    ),
     "K206": Code("error", "attend wider than keep", "A query can only read what is still resident."),
-    "K207": Code("warning", "per query head", "Grouped query heads share one memory: the kept set is the union of their choices."),
+    "K207": Code(
+        "warning", "per query head", "Grouped query heads share one memory: the kept set is the union of their choices."
+    ),
     "K208": Code("error", "scopes do not combine", "The selection names scopes that contradict each other."),
     "K209": Code("error", "pooling width", "Pooling is centred, so its width is an odd number of entries."),
     "K210": Code("error", "fraction", "A percentage lies between 0% and 100%, and `of` wants one on its left."),
@@ -72,15 +104,29 @@ CATALOGUE: dict[str, Code] = {
     "K212": Code("warning", "nothing left to select", "A region of the union already takes every entry."),
     "K213": Code("error", "not a value", "The construct needs a number or an expression here."),
     # ------------------------------------------------------------ K3: time
-    "K301": Code("error", "last queries of a piece", "Under `at chunk` the last queries are those of the piece, not of the prompt."),
-    "K302": Code("note", "survivors are judged again", "A selection under `at chunk` without `frozen` re-judges earlier survivors."),
+    "K301": Code(
+        "error",
+        "last queries of a piece",
+        "Under `at chunk` the last queries are those of the piece, not of the prompt.",
+    ),
+    "K302": Code(
+        "note",
+        "survivors are judged again",
+        "A selection under `at chunk` without `frozen` re-judges earlier survivors.",
+    ),
     "K303": Code("note", "grows in decode", "No trigger fires at steps, so generated entries are never evicted."),
     "K304": Code("warning", "set without a trigger", "A set is computed at its trigger; without one it never is."),
     "K305": Code("error", "trigger arguments", "The trigger takes another number or kind of arguments."),
     "K306": Code("warning", "trigger without a set", "No set clause stands above this `at`."),
-    "K307": Code("warning", "peek without pieces", "`peek` looks past the end of a piece, so it means something under `at chunk` only."),
+    "K307": Code(
+        "warning",
+        "peek without pieces",
+        "`peek` looks past the end of a piece, so it means something under `at chunk` only.",
+    ),
     # ------------------------------------------------------------ K4: meaning
-    "K401": Code("warning", "merging rotated keys", "Keys carry their position as a rotation; their mean belongs to no position."),
+    "K401": Code(
+        "warning", "merging rotated keys", "Keys carry their position as a rotation; their mean belongs to no position."
+    ),
     "K402": Code("warning", "unreachable clause", "Another clause always comes first."),
     # ------------------------------------------------------------ K5: cost
     "K501": Code("note", "cost of a score", "What computing this score adds to the model's own work."),
@@ -92,7 +138,9 @@ CATALOGUE: dict[str, Code] = {
     "K610": Code("error", "head table unreadable", "The table is no readable text file of a sensible size."),
     "K611": Code("error", "head table value", "A head table holds finite numbers only."),
     "K612": Code("error", "head table shape", "A head table has one line per layer and one number per KV head."),
-    "K613": Code("error", "head table needs a threshold", "Say which part of the heads the class takes: table(\"f.tsv\", top=30%)."),
+    "K613": Code(
+        "error", "head table needs a threshold", 'Say which part of the heads the class takes: table("f.tsv", top=30%).'
+    ),
     "K614": Code("warning", "threshold ignored", "A table of only 0 and 1 is taken as it is."),
     # ------------------------------------------------------------ K7: binding to a model
     "K701": Code("error", "no such layer", "The policy names a layer that the model does not have."),

@@ -116,4 +116,6 @@ def _excerpt(text: str, span: Span) -> list[str]:
 
 def _clean(text: str) -> str:
     """One printable column per character: a source text may hold control characters."""
-    return "".join(char if char.isprintable() else " " if char in "\t\n\r" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(
+        char if char.isprintable() else " " if char in "\t\n\r" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )

@@ -53,7 +53,7 @@ class ExprType(ParametrizedAttribute, TypeAttribute):
     """A float32 per point of its open axes; a number where none is open."""
 
     name = "kv.expr"
-    axes: StringAttr = param_def()
+    axes: StringAttr = param_def(base(StringAttr))
 
     def __init__(self, axes: str) -> None:
         super().__init__(StringAttr(axes))

@@ -58,9 +58,9 @@ class TriggerAttr(ParametrizedAttribute):
     """When a set is decided: `#kv.trigger<"filled", 2, "lot">`; 0 and "" where there is no number or unit."""
 
     name = "kv.trigger"
-    kind: StringAttr = param_def()
+    kind: StringAttr = param_def(base(StringAttr))
     n: IntegerAttr = param_def()
-    unit: StringAttr = param_def()
+    unit: StringAttr = param_def(base(StringAttr))
 
     def __init__(self, kind: str, n: int = 0, unit: str = "") -> None:
         super().__init__(StringAttr(kind), IntegerAttr(n, i64), StringAttr(unit))

@@ -29,7 +29,9 @@ def lineage(loaded: Loaded) -> tuple[Loaded, ...]:
         above = _parent(line[-1], parent)
         if _key(above) in seen:
             path = " -> ".join([*(link.policy.name for link in line), above.policy.name])
-            raise fail("K108", f"a policy cannot extend itself: {path}", parent.span, "let one of them stand on its own")
+            raise fail(
+                "K108", f"a policy cannot extend itself: {path}", parent.span, "let one of them stand on its own"
+            )
         seen.add(_key(above))
         line.append(above)
     return tuple(line)
@@ -71,8 +73,12 @@ def _parent(child: Loaded, parent: ast.Name) -> Loaded:
         if found is not None:
             return Loaded(file, found, None)
     known = [policy.name for policy in child.file.policies] + list(library.names())
-    raise fail("K107", f"no policy `{parent.id}` to extend, neither in this file nor in the library", parent.span,
-               did_you_mean(parent.id, known, "known"))  # fmt: skip
+    raise fail(
+        "K107",
+        f"no policy `{parent.id}` to extend, neither in this file nor in the library",
+        parent.span,
+        did_you_mean(parent.id, known, "known"),
+    )
 
 
 def _slot(clause: ast.Clause) -> str:

@@ -41,10 +41,16 @@ class Layout(PostLex):
                 if depth == 0:
                     yield from _line_end(token, previous, indents)
                 continue
+            if previous is None and token.line == 1:
+                indents[0] = (token.column or 1) - 1
             depth = max(depth + (token.type in _OPEN) - (token.type in _CLOSE), 0)
             if depth > MAX_NESTING:
-                raise LayoutError("K008", f"brackets are nested more than {MAX_NESTING} deep", *_place(token),
-                                  "name a part of the expression as a score")  # fmt: skip
+                raise LayoutError(
+                    "K008",
+                    f"brackets are nested more than {MAX_NESTING} deep",
+                    *_place(token),
+                    "name a part of the expression as a score",
+                )
             previous = token
             yield token
         if previous is None:
@@ -64,16 +70,16 @@ def _line_end(token: Token, previous: Token | None, indents: list[int]) -> Itera
     if "\t" in tail:
         raise LayoutError("K004", "a tab in the indentation", end - width, end, "indent by spaces")
     if previous is None:
-        if width:
-            raise LayoutError("K004", "the text begins indented", end - width, end,
-                              "`policy`, `heads` and `learn` begin in column 1")  # fmt: skip
+        indents[0] = width  # a text may be indented as a whole
         yield token
         return
     if previous.type == "COLON":
         if width <= indents[-1]:
             raise _empty_block(previous)
         if len(indents) > MAX_NESTING:
-            raise LayoutError("K008", f"blocks are nested more than {MAX_NESTING} deep", end - width, end, "flatten them")
+            raise LayoutError(
+                "K008", f"blocks are nested more than {MAX_NESTING} deep", end - width, end, "flatten them"
+            )
         indents.append(width)
         yield token
         yield Token.new_borrow_pos("_INDENT", "", token)
@@ -81,17 +87,26 @@ def _line_end(token: Token, previous: Token | None, indents: list[int]) -> Itera
     if width > indents[-1]:
         return  # the clause above goes on
     yield token
-    while width < indents[-1]:
+    while width < indents[-1] and len(indents) > 1:
         indents.pop()
         yield Token.new_borrow_pos("_DEDENT", "", token)
     if width != indents[-1]:
-        raise LayoutError("K004", "this line is as deep as no block above it", end - width, end,
-                          "give every clause of a block the same indentation")  # fmt: skip
+        raise LayoutError(
+            "K004",
+            "this line is as deep as no block above it",
+            end - width,
+            end,
+            "give every clause of a block the same indentation",
+        )
 
 
 def _empty_block(colon: Token) -> LayoutError:
-    return LayoutError("K006", "no clauses follow the `:`", *_place(colon),
-                       "indent the clauses below it, or leave the `:` out of a policy without clauses")  # fmt: skip
+    return LayoutError(
+        "K006",
+        "no clauses follow the `:`",
+        *_place(colon),
+        "indent the clauses below it, or leave the `:` out of a policy without clauses",
+    )
 
 
 def _place(token: Token) -> tuple[int, int]:

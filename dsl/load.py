@@ -8,12 +8,13 @@ PolicyError with place, reason and way out; at most 1 MiB is read.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from kvcompile.dsl import ast, library
-from kvcompile.dsl.diagnostics import did_you_mean, fail, outside
+from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, did_you_mean, fail, finding, outside
 from kvcompile.dsl.parser import MAX_BYTES, parse
 
 
@@ -34,6 +35,7 @@ def load(policy: object, name: str | None = None, base: str | os.PathLike[str] |
     if isinstance(policy, Loaded) and name in (None, policy.policy.name):
         return policy
     file, folder, wanted = _open(policy)
+    _distinct(file)
     return Loaded(file, _choose(file, name or wanted), Path(base) if base is not None else folder)
 
 
@@ -51,8 +53,12 @@ def _open(policy: object) -> tuple[ast.File, Path | None, str | None]:
     if isinstance(policy, os.PathLike):
         return _from_path(os.fspath(policy))
     if not isinstance(policy, str):
-        raise fail("K015", f"a policy cannot be a {type(policy).__name__}", outside("<policy>"),
-                   "give a policy text, the path of a .kvp file, or the name of a library policy")  # fmt: skip
+        raise fail(
+            "K015",
+            f"a policy cannot be a {type(policy).__name__}",
+            outside("<policy>"),
+            "give a policy text, the path of a .kvp file, or the name of a library policy",
+        )
     if "\n" in policy or "\r" in policy:
         return parse(policy, "<text>"), Path.cwd(), None
     if policy.endswith(".kvp") or "/" in policy or os.sep in policy:
@@ -67,8 +73,12 @@ def _from_library(name: str) -> tuple[ast.File, Path | None, str | None]:
         raise fail("K015", "the policy is empty", outside("<policy>"), "name a library policy, such as `snapkv`")
     short = name if len(name) <= 60 else name[:57] + "..."
     if ":" in name or "(" in name:
-        raise fail("K015", f"`{short}` is neither a library policy nor a path", outside("<policy>"),
-                   "a policy text has a line break after its header")  # fmt: skip
+        raise fail(
+            "K015",
+            f"`{short}` is neither a library policy nor a path",
+            outside("<policy>"),
+            "a policy text has a line break after its header",
+        )
     hint = did_you_mean(name, library.names(), "library policies")
     if Path(name + ".kvp").is_file():
         hint = f"for the file in this folder write `./{name}.kvp`"
@@ -89,18 +99,50 @@ def _from_path(path: str | bytes) -> tuple[ast.File, Path | None, str | None]:
         known = where.name.removesuffix(".kvp")
         near = [p.name for p in where.parent.glob("*.kvp")] if where.parent.is_dir() else []
         hint = f"the library has `{known}`: leave out the path" if known in library.names() else ""
-        raise fail("K011", "no such policy file", outside(shown),
-                   hint or did_you_mean(where.name, near, f"in {where.parent}") or "check the path") from None  # fmt: skip
+        raise fail(
+            "K011",
+            "no such policy file",
+            outside(shown),
+            hint or did_you_mean(where.name, near, f"in {where.parent}") or "check the path",
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise fail("K010", f"cannot read the policy file: {reason}", outside(shown), "check the path and its rights") from None
+        raise fail(
+            "K010", f"cannot read the policy file: {reason}", outside(shown), "check the path and its rights"
+        ) from None
     if len(data) > MAX_BYTES:
-        raise fail("K009", f"the policy file is larger than {MAX_BYTES} bytes", outside(shown), "is this a policy file?")
+        raise fail(
+            "K009", f"the policy file is larger than {MAX_BYTES} bytes", outside(shown), "is this a policy file?"
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise fail("K010", f"the policy file is not UTF-8 (byte {error.start})", outside(shown), "save it as UTF-8 text") from None
+        raise fail(
+            "K010", f"the policy file is not UTF-8 (byte {error.start})", outside(shown), "save it as UTF-8 text"
+        ) from None
     return parse(text, shown), where.parent, None
+
+
+def _distinct(file: ast.File) -> None:
+    """Names of a file stand for one thing, and learn blocks belong to a policy beside them."""
+    problems: list[Diagnostic] = []
+    groups: list[tuple[str, Sequence[ast.Declaration]]] = [("policy", file.policies), ("head class", file.heads)]
+    groups += [("parameter", policy.params) for policy in file.policies]
+    for what, nodes in groups:
+        seen: set[str] = set()
+        for node in nodes:
+            if node.name in seen:
+                message = f"the {what} `{node.name}` is defined twice"
+                problems.append(finding("K106", message, node.name_span, "give one of them another name"))
+            seen.add(node.name)
+    known = [policy.name for policy in file.policies]
+    for learn in file.learns:
+        if learn.policy.id not in known:
+            hint = did_you_mean(learn.policy.id, known, "policies here")
+            message = f"no policy `{learn.policy.id}` in this text to learn for"
+            problems.append(finding("K013", message, learn.policy.span, hint))
+    if problems:
+        raise PolicyError(*problems)
 
 
 def _choose(file: ast.File, name: str | None) -> ast.Policy:
@@ -113,9 +155,15 @@ def _choose(file: ast.File, name: str | None) -> ast.Policy:
             raise fail("K013", f"no policy `{name}` in {file.source.name}", outside(file.source.name), hint)
         return found
     if not known:
-        raise fail("K012", "the text holds no policy", where, "write `policy NAME():` and its clauses below it, indented")
+        raise fail(
+            "K012", "the text holds no policy", where, "write `policy NAME():` and its clauses below it, indented"
+        )
     if len(known) > 1:
         listed = ", ".join(known[:20])
-        raise fail("K012", f"the text holds {len(known)} policies: {listed}", file.policies[1].header,
-                   f'pick one, such as name="{known[0]}"')  # fmt: skip
+        raise fail(
+            "K012",
+            f"the text holds {len(known)} policies: {listed}",
+            file.policies[1].header,
+            f'pick one, such as name="{known[0]}"',
+        )
     return file.policies[0]

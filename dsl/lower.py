@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import SSAValue
@@ -60,11 +61,12 @@ class _Lowering:
     def run(self) -> None:
         self.attempt(self.refuse_others)
         for unit in self.resolved.of(ast.Unit):
-            self.attempt(lambda unit=unit: self.unit(unit))
-        self.states = [placed.clause.assigns[0].name for placed in self.resolved.of(ast.State)]
+            self.attempt(partial(self.unit, unit))
+        clauses = [placed.clause for placed in self.resolved.of(ast.State)]
+        self.states = [clause.assigns[0].name for clause in clauses if isinstance(clause, ast.State)]
         self.attempt(self.state_clauses)
         for head in self.resolved.heads:
-            self.attempt(lambda decl=head.decl: self.heads(decl))
+            self.attempt(partial(self.heads, head.decl))
         self.keeps()
         if self.findings:
             raise PolicyError(*self.findings)
@@ -164,7 +166,7 @@ class _Lowering:
         names: dict[str, Placed] = {}
         for item in placed:
             try:
-                name = _class_name(item, placed)
+                name = class_name(item, placed)
                 if name in names:
                     refuse("K901", "a second `keep` for the same rows", item.clause.span, "join the sets by `|`")
                 names[name] = item
@@ -259,7 +261,8 @@ def _refuse_update(node: ast.Expr, scope: Scope) -> None:
             refuse("K906", f"the update `{node.span.text}`", node.span, "such as `acc += mean[g] sum[q] attn`")
 
 
-def _class_name(placed: Placed, others: tuple[Placed, ...]) -> str:
+def class_name(placed: Placed, others: tuple[Placed, ...]) -> str:
+    """The class of a `keep`: its prefix in words; `all` without one, or `rest` beside prefixed ones."""
     words = [f"layers {_layers_text(placed.layers)}"] if placed.layers is not None else []
     words += [placed.heads] if placed.heads is not None else []
     if words:

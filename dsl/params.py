@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Rational, Real
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from kvcompile.dsl import ast
 from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, did_you_mean, fail, finding, outside
@@ -35,11 +35,15 @@ def bind_params(line: tuple[Loaded, ...], overrides: Mapping[str, object]) -> tu
         for param in link.policy.params:
             defaults.setdefault(param.name, param)
     unknown = [
-        finding("K104", f"policy `{child.name}` has no parameter `{name}`", child.header,
-                did_you_mean(name, defaults, "its parameters") or "it takes no parameters")
+        finding(
+            "K104",
+            f"policy `{child.name}` has no parameter `{name}`",
+            child.header,
+            did_you_mean(name, defaults, "its parameters") or "it takes no parameters",
+        )
         for name in overrides
         if name not in defaults
-    ]  # fmt: skip
+    ]
     if unknown:
         raise PolicyError(*unknown)
     chosen = {name: param.default for name, param in defaults.items()}
@@ -68,7 +72,7 @@ def substitute(node: N, values: Mapping[str, ast.Expr], used: set[str]) -> N:
     if isinstance(node, ast.Name) and node.id in values:
         used.add(node.id)
         return cast(N, replace(values[node.id], span=node.span))
-    changed: dict[str, object] = {}
+    changed: dict[str, Any] = {}
     for spec in fields(node):
         old = getattr(node, spec.name)
         if isinstance(old, ast.Node):
@@ -82,7 +86,12 @@ def substitute(node: N, values: Mapping[str, ast.Expr], used: set[str]) -> N:
             changed[spec.name] = new
     if isinstance(node, ast.Portion) and isinstance(changed.get("fraction"), ast.Portion):
         inner = cast(ast.Portion, changed["fraction"])
-        raise fail("K109", f"`{_portion(inner)}` cannot be taken `of {node.of}` again", node.span, "give a bare percentage here")
+        raise fail(
+            "K109",
+            f"`{_portion(inner)}` cannot be taken `of {node.of}` again",
+            node.span,
+            "give a bare percentage here",
+        )
     return replace(node, **changed) if changed else node
 
 
@@ -96,8 +105,12 @@ def _settle(name: str, chosen: Values, values: Values, used: set[str], path: tup
     if name in values:
         return
     if name in path:
-        raise fail("K108", f"parameters refer to each other: {' -> '.join((*path, name))}", chosen[name].span,
-                   "give one of them a number")  # fmt: skip
+        raise fail(
+            "K108",
+            f"parameters refer to each other: {' -> '.join((*path, name))}",
+            chosen[name].span,
+            "give one of them a number",
+        )
     for part in chosen[name].walk():
         if isinstance(part, ast.Name) and part.id in chosen:
             _settle(part.id, chosen, values, used, (*path, name))
@@ -109,13 +122,18 @@ def _expression(name: str, value: object) -> ast.Expr:
     where = outside(f"<{name}={value!r:.60}>")
     if isinstance(value, str):
         if not value.strip():
-            raise fail("K109", f"the value of `{name}` is empty", where, "give a number, or text such as `10% of prompt`")
+            raise fail(
+                "K109", f"the value of `{name}` is empty", where, "give a number, or text such as `10% of prompt`"
+            )
         return parse_value(value, f"<{name}>")
     if isinstance(value, bool) or not isinstance(value, Real | Decimal):
         kind = type(value).__name__
         raise fail("K109", f"`{name}` cannot be a {kind}", where, "give a number, or text such as `10% of prompt`")
     if isinstance(value, Rational):
-        number, kind = Fraction(int(value.numerator), int(value.denominator)), "int" if value.denominator == 1 else "float"
+        number, kind = (
+            Fraction(int(value.numerator), int(value.denominator)),
+            "int" if value.denominator == 1 else "float",
+        )
     else:
         if not math.isfinite(float(value)):
             raise fail("K109", f"`{name}` is {value}, which is no number of tokens", where, "give a finite number")
@@ -137,14 +155,26 @@ def _fit(name: str, default: ast.Expr, value: ast.Expr) -> ast.Expr:
         return _as_percent(name, value, where)
     plain_count = isinstance(default, ast.Number) and default.kind in ("int", "size", "bytes")
     if plain_count and value.kind == "percent":
-        raise fail("K109", f"`{name}` counts tokens, and {_shown(value)} does not say of what", where,
-                   f"write `{_shown(value)} of prompt`, or of len or chunk")  # fmt: skip
+        raise fail(
+            "K109",
+            f"`{name}` counts tokens, and {_shown(value)} does not say of what",
+            where,
+            f"write `{_shown(value)} of prompt`, or of len or chunk",
+        )
     if plain_count and value.value.denominator != 1:
-        raise fail("K109", f"`{name}` is a whole number, not {_shown(value)}", where,
-                   "for a part of the prompt write text such as `30% of prompt`")  # fmt: skip
+        raise fail(
+            "K109",
+            f"`{name}` is a whole number, not {_shown(value)}",
+            where,
+            "for a part of the prompt write text such as `30% of prompt`",
+        )
     if isinstance(default, ast.Portion) and value.value.denominator != 1:
-        raise fail("K109", f"`{name}` counts tokens, and {_shown(value)} does not say of what", where,
-                   f"write `{float(value.value * 100):g}% of {default.of}`, or a whole number of tokens")  # fmt: skip
+        raise fail(
+            "K109",
+            f"`{name}` counts tokens, and {_shown(value)} does not say of what",
+            where,
+            f"write `{float(value.value * 100):g}% of {default.of}`, or a whole number of tokens",
+        )
     if value.kind == "float" and value.value.denominator == 1:
         return ast.Number(value.value, "int", span=where)
     return value
@@ -152,8 +182,12 @@ def _fit(name: str, default: ast.Expr, value: ast.Expr) -> ast.Expr:
 
 def _as_percent(name: str, value: ast.Number, where: Span) -> ast.Number:
     if value.kind != "percent" and value.value > 1:
-        raise fail("K109", f"`{name}` is a percentage, not {_shown(value)}", where,
-                   f'write "{_shown(value)}%" or {float(value.value / 100):g}')  # fmt: skip
+        raise fail(
+            "K109",
+            f"`{name}` is a percentage, not {_shown(value)}",
+            where,
+            f'write "{_shown(value)}%" or {float(value.value / 100):g}',
+        )
     return ast.Number(value.value, "percent", span=where)
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import cast
 
-from lark import Lark, Token, Tree
+from lark import Lark, Token
 from lark.exceptions import UnexpectedInput
 
 from kvcompile.dsl import ast
@@ -38,15 +38,16 @@ def parse_value(text: str, name: str = "<value>") -> ast.Expr:
 
 def _source(text: str, name: str) -> Source:
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        raise fail("K009", f"the text is larger than {MAX_BYTES} bytes", Source(name, "").span(0, 0),
-                   "is this a policy text?")  # fmt: skip
+        raise fail(
+            "K009", f"the text is larger than {MAX_BYTES} bytes", Source(name, "").span(0, 0), "is this a policy text?"
+        )
     return Source(name, text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
 def _run(source: Source, start: str) -> ast.Node:
     grammar = _grammar()
     try:
-        tree = cast("Tree[Token]", grammar.parse(_without_tail(source.text), start=start))
+        tree = grammar.parse(_without_tail(source.text), start=start)
     except LayoutError as error:
         raise fail(error.code, error.message, source.span(error.start, error.end), error.hint) from None
     except UnexpectedInput as error:

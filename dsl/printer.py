@@ -28,6 +28,21 @@ def canonical(node: ast.Node) -> str:
     return _Printer(canonical=True).node(node)
 
 
+# Nodes that are no clause, and the method that prints them.
+_GROUPS: tuple[tuple[tuple[type[ast.Node], ...], str], ...] = (
+    ((ast.LayersPrefix, ast.HeadsPrefix), "_prefix"),
+    ((ast.Trigger,), "_trigger"),
+    ((ast.SetUnion,), "_set"),
+    ((ast.Region, ast.Ref, ast.Selection, ast.Where), "_term"),
+    ((ast.Drop, ast.Merge, ast.Fold, ast.Requant, ast.Move), "_loser"),
+    ((ast.Format,), "_format"),
+    ((ast.Scope,), "_scope"),
+    ((ast.HeadsRest, ast.HeadsSame), "_source"),
+    ((ast.Number, ast.Text, ast.Name, ast.Field, ast.Named, ast.Call, ast.Axis), "_expr"),
+    ((ast.Reduce, ast.Unary, ast.Binary, ast.Portion), "_expr"),
+)
+
+
 class _Printer:
     def __init__(self, canonical: bool) -> None:
         self.canonical = canonical
@@ -47,24 +62,10 @@ class _Printer:
                 return f"heads {node.name} = {' | '.join(self._source(s) for s in node.sources)}"
             case ast.Prefixed():
                 return self._prefixed(node)
-            case ast.LayersPrefix() | ast.HeadsPrefix():
-                return self._prefix(node)
-            case ast.Trigger():
-                return self._trigger(node)
-            case ast.SetUnion():
-                return self._set(node)
-            case ast.Region() | ast.Ref() | ast.Selection() | ast.Where():
-                return self._term(node)
-            case ast.Drop() | ast.Merge() | ast.Fold() | ast.Requant():
-                return self._loser(node)
-            case ast.Format():
-                return self._format(node)
-            case ast.Scope():
-                return self._scope(node)
-            case ast.Axis() | ast.Named() | ast.Number() | ast.Text() | ast.Name() | ast.Field():
-                return self._expr(node)
-            case ast.Call() | ast.Reduce() | ast.Unary() | ast.Binary() | ast.Portion():
-                return self._expr(node)
+        for kinds, method in _GROUPS:
+            if isinstance(node, kinds):
+                shown: str = getattr(self, method)(node)
+                return shown
         return self._clause(node)
 
     # ---------------------------------------------------------------- blocks and clauses
@@ -106,6 +107,26 @@ class _Printer:
                 return f"store {self._set(node.set)} as {self._list([self._format(f) for f in node.formats])}"
             case ast.At():
                 return "at " + self._list([self._trigger(t) for t in node.triggers])
+            case ast.State():
+                return "state " + self._assigns(node.assigns)
+            case ast.On():
+                where = f" where {self._expr(node.where, _COND)}" if node.where is not None else ""
+                return f"on {node.event}{where}: {self._list([self._definition(u) for u in node.updates])}"
+            case ast.Positions():
+                return f"positions {node.mode}"
+            case ast.Off():
+                return "off"
+            case ast.Mix():
+                return f"mix {self._expr(node.value)}"
+            case ast.Loss():
+                return f"loss {self._expr(node.value)}"
+            case ast.Freeze():
+                return "freeze " + self._list(list(node.names))
+        return self._definition(node)
+
+    def _definition(self, node: ast.Node) -> str:
+        """Clauses that give something a name."""
+        match node:
             case ast.Score():
                 return f"score {node.name} = {self._expr(node.value)}"
             case ast.Unit():
@@ -116,27 +137,12 @@ class _Printer:
                 return f"share {node.name} = {self._expr(node.total)} by {self._expr(node.by)}"
             case ast.Pick():
                 return f"pick {node.name} = {self._set(node.set)}"
-            case ast.State():
-                return "state " + self._assigns(node.assigns)
             case ast.Assign():
                 return self._assigns((node,))
             case ast.Update():
                 return f"{node.name} {node.op} {self._expr(node.value)}"
-            case ast.On():
-                where = f" where {self._expr(node.where, _COND)}" if node.where is not None else ""
-                return f"on {node.event}{where}: {self._list([self._clause(u) for u in node.updates])}"
-            case ast.Positions():
-                return f"positions {node.mode}"
-            case ast.Off():
-                return "off"
             case ast.Gate():
                 return " ".join([f"gate {node.name} = {self._expr(node.by)}", *(self._scope(s) for s in node.scopes)])
-            case ast.Mix():
-                return f"mix {self._expr(node.value)}"
-            case ast.Loss():
-                return f"loss {self._expr(node.value)}"
-            case ast.Freeze():
-                return "freeze " + self._list(list(node.names))
         raise TypeError(f"no text for {type(node).__name__}")
 
     def _assigns(self, assigns: tuple[ast.Assign, ...]) -> str:
@@ -195,7 +201,7 @@ class _Printer:
         return "store as " + self._list([self._format(f) for f in node.formats])
 
     def _format(self, node: ast.Format) -> str:
-        words = [node.part] if node.part else []
+        words: list[str] = [node.part] if node.part else []
         for word in node.words:
             match word:
                 case ast.Move():

@@ -88,11 +88,15 @@ def resolve(loaded: Loaded, params: Mapping[str, object] | None = None) -> Resol
     heads = _heads_in_scope(line, placed)
     learns = tuple(lrn for link in line[:1] for lrn in link.file.learns if lrn.policy.id == loaded.policy.name)
     findings = [
-        finding("K117", f"no clause of `{loaded.policy.name}` reads the parameter `{p.name}`", p.name_span,
-                "remove it, or use it in a clause")
+        finding(
+            "K117",
+            f"no clause of `{loaded.policy.name}` reads the parameter `{p.name}`",
+            p.name_span,
+            "remove it, or use it in a clause",
+        )
         for p in loaded.policy.params
         if p.name not in used | unused_in
-    ]  # fmt: skip
+    ]
     sources = tuple(dict.fromkeys(link.file.source for link in line))
     return Resolved(
         name=loaded.policy.name,

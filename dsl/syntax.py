@@ -58,6 +58,7 @@ _CHARACTERS = {
     "^": "the language has no powers",
     "\r": "lines end in a line feed",
 }
+_CLOSERS = {"(": ")", "[": "]"}
 _PIECES = re.compile(r'(?P<string>"[^"\n]*")|(?P<comment>#[^\n]*)|(?P<word>\w+)|(?P<line>\n)|(?P<mark>[^\s\w])')
 
 
@@ -82,7 +83,7 @@ def explain(error: UnexpectedInput, source: Source, start: str, shown: Mapping[s
     here = source.span(offset, offset if at_end else offset + len(token))
     expected = set(error.expected)
     return (
-        _brackets(source, before, here, token.type == "$END")
+        _brackets(source, pieces, before, here)
         or _selection(source, before, expected)
         or (_value(here, at_end) if start == "value" else None)
         or _start_of_line(source, pieces, before, here, expected, at_end)
@@ -108,34 +109,44 @@ def _character(source: Source, offset: int) -> PolicyError:
     here = source.span(offset, offset + 1)
     if char == '"':
         return fail("K003", "the string is not closed on its line", here, 'strings stand in double quotes: "masks.tsv"')
-    name = f"`{char}`" if " " < char <= "~" else f"U+{ord(char or chr(0)):04X} {unicodedata.name(char or ' ', '')}".strip()
+    name = (
+        f"`{char}`" if " " < char <= "~" else f"U+{ord(char or chr(0)):04X} {unicodedata.name(char or ' ', '')}".strip()
+    )
     hint = _CHARACTERS.get(char, "names are letters, digits and `_`; comments begin with `#`")
     return fail("K002", f"the language has no {name}", here, hint)
 
 
-def _brackets(source: Source, before: list[_Piece], here: Span, ended: bool) -> PolicyError | None:
-    pairs = {")": "(", "]": "["}
-    closers = {"(": ")", "[": "]"}
+def _brackets(source: Source, pieces: list[_Piece], before: list[_Piece], here: Span) -> PolicyError | None:
     open_: list[_Piece] = []
     for piece in before:
-        if piece.text in closers:
+        if piece.text in _CLOSERS:
             open_.append(piece)
-        elif piece.text in pairs and open_:
+        elif piece.text in _CLOSERS.values() and open_:
             open_.pop()
-    if here.text in pairs:
+    if here.text in _CLOSERS.values():
         if not open_:
             return fail("K003", f"`{here.text}` closes nothing", here, "remove it, or open the bracket before")
-        if open_[-1].text != pairs[here.text]:
-            want = closers[open_[-1].text]
-            return fail("K003", f"`{here.text}` where `{want}` is due", here, f"the open bracket is `{open_[-1].text}`")
+        due = _CLOSERS[open_[-1].text]
+        if here.text != due:
+            return fail("K003", f"`{here.text}` where `{due}` is due", here, f"the open bracket is `{open_[-1].text}`")
         return None
-    if not open_:
+    if not open_ or _closes(pieces, open_[-1]):
         return None
     opening = source.span(open_[-1].start, open_[-1].end)
-    if ended or here.line > opening.line:
-        want = closers[open_[-1].text]
-        return fail("K003", f"`{open_[-1].text}` is never closed", opening, f"close it with `{want}` before the next clause")
-    return None
+    due = _CLOSERS[open_[-1].text]
+    return fail("K003", f"`{open_[-1].text}` is never closed", opening, f"close it with `{due}` before the next clause")
+
+
+def _closes(pieces: list[_Piece], opening: _Piece) -> bool:
+    """Whether a bracket finds its partner before the next clause begins."""
+    depth = 0
+    for piece in pieces[pieces.index(opening) :]:
+        depth += (piece.text in _CLOSERS) - (piece.text in _CLOSERS.values())
+        if depth == 0:
+            return True
+        if piece.leads and (piece.text in CLAUSES or piece.text in ITEMS):
+            return False
+    return False
 
 
 def _selection(source: Source, before: list[_Piece], expected: set[str]) -> PolicyError | None:
@@ -151,8 +162,12 @@ def _selection(source: Source, before: list[_Piece], expected: set[str]) -> Poli
                 depth += (before[last].text == "(") - (before[last].text == ")")
                 if depth == 0:
                     break
-            return fail("K201", f"`{piece.text}` does not say by which score", source.span(piece.start, before[last].end),
-                        f"write `{piece.text}(n) by SCORE per head`")  # fmt: skip
+            return fail(
+                "K201",
+                f"`{piece.text}` does not say by which score",
+                source.span(piece.start, before[last].end),
+                f"write `{piece.text}(n) by SCORE per head`",
+            )
         if piece.leads and piece.text in CLAUSES:
             return None
     return None
@@ -170,20 +185,33 @@ def _start_of_line(
     leads = next((piece.leads for piece in pieces if piece.start == here.start), False)
     word = here.text
     if word == "else" and leads:
-        return fail("K005", "`else` stands at clause depth", here, "indent it deeper than the `keep` that it belongs to")
+        return fail(
+            "K005", "`else` stands at clause depth", here, "indent it deeper than the `keep` that it belongs to"
+        )
     if leads and "POLICY" in expected:
         if word in CLAUSES:
-            return fail("K001", f"a `{word}` clause outside a policy", here, "clauses stand indented below `policy NAME():`")
+            return fail(
+                "K001", f"a `{word}` clause outside a policy", here, "clauses stand indented below `policy NAME():`"
+            )
         close = nearest(word, ITEMS)
-        return fail("K001", f"`{word}` begins nothing that a file holds", here,
-                    f"did you mean `{close}`?" if close else "a file holds `policy`, `heads` and `learn`")  # fmt: skip
+        return fail(
+            "K001",
+            f"`{word}` begins nothing that a file holds",
+            here,
+            f"did you mean `{close}`?" if close else "a file holds `policy`, `heads` and `learn`",
+        )
     header = next((p for p in reversed(before) if p.leads), None)
     if header is None:
         return None
+    if header.text == "else" and before[-1] is header:
+        at = source.span(header.start, header.end)
+        return fail("K005", "`else` stands at clause depth", at, "indent it deeper than the `keep` that it belongs to")
     if "COLON" in expected and header.text in ("policy", "learn", "on"):
         end = source.span(before[-1].start, before[-1].end)
         if leads or word in CLAUSES:
-            return fail("K006", f"the `{header.text}` line lacks its `:`", end, "a header ends in `:` before its clauses")
+            return fail(
+                "K006", f"the `{header.text}` line lacks its `:`", end, "a header ends in `:` before its clauses"
+            )
     if before[-1] is header and header.text not in CLAUSES and header.text not in ITEMS and "COLON" in expected:
         at = source.span(header.start, header.end)
         hint = did_you_mean(header.text, CLAUSES) or f"clauses begin with {', '.join(list(CLAUSES)[:12])}"
@@ -195,14 +223,16 @@ def _start_of_line(
     return None
 
 
-def _in_clause(before: list[_Piece], here: Span, expected: set[str], at_end: bool, shown: Mapping[str, str]) -> PolicyError:
+def _in_clause(
+    before: list[_Piece], here: Span, expected: set[str], at_end: bool, shown: Mapping[str, str]
+) -> PolicyError:
     clause = ""
     for i in range(len(before) - 1, -1, -1):
         known = before[i].text in CLAUSES or before[i].text in ITEMS
         if known and (before[i].leads or before[i - 1].text == ":"):
             clause = before[i].text
             break
-    where = f"in a `{clause}` line" if clause in ITEMS else f"in a `{clause}` clause" if clause else "here"
+    where = f"in the `{clause}` line" if clause in ITEMS else f"in the `{clause}` clause" if clause else "here"
     after = f" after `{before[-1].text}`" if before else ""
     if at_end:
         what = f"the `{clause}` clause ends too early{after}" if clause else f"the text ends too early{after}"

@@ -37,8 +37,8 @@ POOLS = frozenset({"maxpool", "avgpool"})
 PAIRS = frozenset({"dot", "cos"})
 # Name -> least and largest number of arguments.
 FUNCTIONS: dict[str, tuple[int, int]] = (
-    {name: (1, 1) for name in (*ELEMENTWISE, "norm", "gumbel")}
-    | {name: (2, 2) for name in (*PAIRS, *POOLS)}
+    dict.fromkeys((*ELEMENTWISE, "norm", "gumbel"), (1, 1))
+    | dict.fromkeys((*PAIRS, *POOLS), (2, 2))
     | {"min": (2, 8), "max": (2, 8)}
 )
 SHARES: dict[str, tuple[int, int]] = {"pyramid": (1, 1), "softmax": (1, 1), "cover": (1, 1), "table": (1, 1)}
@@ -72,8 +72,24 @@ DECODE_TRIGGERS = frozenset({"step", "every", "filled", "full", "when"})
 EVENTS = frozenset({"attend", "insert", "step"})
 POSITIONS = frozenset({"original", "compact"})
 
-FORMATS = frozenset({"fp32", "bf16", "fp16", "fp8", "int8", "int4", "int2", "int", "lowrank", "prerope", "rotate",
-                     "hadamard", "outliers", "slerp"})  # fmt: skip
+FORMATS = frozenset(
+    {
+        "fp32",
+        "bf16",
+        "fp16",
+        "fp8",
+        "int8",
+        "int4",
+        "int2",
+        "int",
+        "lowrank",
+        "prerope",
+        "rotate",
+        "hadamard",
+        "outliers",
+        "slerp",
+    }
+)
 GRAINS = frozenset({"channel", "token", "layers"})
 TIERS = frozenset({"cpu", "disk"})
 FOLDS: dict[str, tuple[int, int]] = {"mean": (0, 0), "dct": (1, 1), "pool": (1, 1)}
@@ -85,12 +101,52 @@ SCOPES: dict[str, frozenset[str]] = {
 }
 HEAD_SOURCES = frozenset({"table", "probe"})
 
-_VERBS = ("policy heads learn extends keep attend store at score unit share pick state on positions off layers gate mix "
-          "loss freeze").split()  # fmt: skip
-_JOINING = "top bottom cover where by else as if when with from into and or not of in".split()
+_VERBS = (
+    "policy",
+    "heads",
+    "learn",
+    "extends",
+    "keep",
+    "attend",
+    "store",
+    "at",
+    "score",
+    "unit",
+    "share",
+    "pick",
+    "state",
+    "on",
+    "positions",
+    "off",
+    "layers",
+    "gate",
+    "mix",
+    "loss",
+    "freeze",
+)
+_JOINING = (
+    "top",
+    "bottom",
+    "cover",
+    "where",
+    "by",
+    "else",
+    "as",
+    "if",
+    "when",
+    "with",
+    "from",
+    "into",
+    "and",
+    "or",
+    "not",
+    "of",
+    "in",
+)
 RESERVED = frozenset(
     [*_VERBS, *_JOINING, *FIELDS, *OWNERS, *AXES, *REGIONS, *UNIT_REGIONS, *SCOPES, "head", "query_head", "floor"]
 )
 # Names of options of the Python interface: a parameter so named could never be given.
-OPTIONS = frozenset({"model", "policy", "backend", "compile", "name", "tables", "max_bytes", "generate", "batch", "gpu",
-                     "base", "dump"})  # fmt: skip
+OPTIONS = frozenset(
+    {"model", "policy", "backend", "compile", "name", "tables", "max_bytes", "generate", "batch", "gpu", "base", "dump"}
+)

@@ -32,11 +32,12 @@ ADJECTIVES = tuple("old small quiet bright slow cold".split())
 GLUE = tuple("the near every day suits colour of .".split())
 
 VOCABULARY = (PAD, BOS, UNKNOWN, *GLUE, *NAMES, *COLOURS, *NOUNS, *VERBS.values(), *ADJECTIVES)
+FOLLOWERS = frozenset((*VERBS.values(), "day", "suits", "of"))  # words that the word before all but decides
 INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 
 SHORTEST, LONGEST = 4, 9  # words in a filler sentence, the stop included
 QUESTION_WORDS, FACT_WORDS = 3, 4
-ANSWER, PLAIN = 1.0, 0.2  # weights of words in training: filler is easy and there is much of it
+ANSWER, KNOWN, CHOSEN = 1.0, 0.2, 0.02  # weights of words in training
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +112,25 @@ def prompts(count: int, length: int = 640, n_facts: int = 12, seed: int = 0) -> 
 
 
 def training_text(rng: random.Random, length: int, n_facts: int) -> tuple[list[str], list[float]]:
-    """A text of exactly `length` tokens in which every second fact is asked for, and the weight of each word.
+    """A text of exactly `length` tokens in which two facts of three are asked for, and the weight of each word.
 
-    The weight says how much predicting this word counts: `ANSWER`, `PLAIN` for filler and glue, 0 for what
-    nobody can know (which name comes next, a fact's colour).
+    The weight says how much predicting this word counts: `ANSWER`; `KNOWN` where the word before decides it
+    (nearly); `CHOSEN` where chance did, so that what nobody can know does not drown what can be learned.
     """
     known = facts(rng, n_facts)
-    told = [([colour, "suits", name, "."], [0.0, PLAIN, 0.0, PLAIN]) for name, colour in known.items()]
+    told = [[colour, "suits", name, "."] for name, colour in known.items()]
     # Not all are asked: else an answer could be guessed as a colour that was told and not yet asked for.
-    chosen = rng.sample(list(known), (n_facts + 1) // 2)
-    asked = [(["colour", "of", name, known[name], "."], [0.0, PLAIN, 0.0, ANSWER, PLAIN]) for name in chosen]
-    room = length - 1 - sum(len(words) for words, _ in told + asked)
-    plain = [(words, [0.0] + [PLAIN] * (len(words) - 1)) for words in filler(rng, room)]
+    asked = [["colour", "of", name, known[name], "."] for name in rng.sample(list(known), 2 * n_facts // 3)]
+    plain = filler(rng, length - 1 - sum(map(len, told + asked)))
     cut = rng.randint(0, len(plain))
     early, late = told + plain[:cut], asked + plain[cut:]
     rng.shuffle(early)
     rng.shuffle(late)
-    words, weights = [BOS], [0.0]
-    for part_words, part_weights in early + late:
-        words += part_words
-        weights += part_weights
+    words = [BOS] + [word for part in early + late for word in part]
+    weights = [0.0] + [KNOWN if word in FOLLOWERS else CHOSEN for word in words[1:]]
+    for i, word in enumerate(words[3:], 3):
+        if word in COLOURS and words[i - 2] == "of":
+            weights[i] = ANSWER
     return words, weights
 
 

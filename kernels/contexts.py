@@ -155,4 +155,101 @@ def _torch_judge(judged: Hole, states: list[str]) -> list[str]:
     return [*lines, *judged.lines, f"judged = {judged.result}"]
 
 
-_CONTEXTS = {"decode": _decode, "evict": _evict}
+def _select(spec: KernelSpec) -> Context:
+    return _selection(spec) | {"formulas": (("winners", _rule(spec)),)}
+
+
+def _rule(spec: KernelSpec) -> str:
+    heads = {"head": "each head alone", "shared": "heads decide once, by their joint score"}
+    floor = str(spec.fact("floor"))
+    scope = heads.get(str(spec.fact("scope")), f"heads compete for n times the heads, {floor} of n theirs first")
+    return f"{spec.fact('rank')} by score, {scope}; ties to the older position, then the lower head"
+
+
+def _pack(spec: KernelSpec) -> Context:
+    return {}
+
+
+_FOLD = {
+    "sum": ("0.0", "{acc} + {x}"),
+    "mean": ("0.0", "{acc} + {x}"),
+    "max": ("float('-inf')", "tl.maximum({acc}, {x})"),
+    "min": ("float('inf')", "tl.minimum({acc}, {x})"),
+}
+
+
+def _columns(spec: KernelSpec) -> Context:
+    formulas = _formulas(spec)
+    q_fn, g_fn = str(spec.fact("over_q")), str(spec.fact("over_g"))
+    reach = {("evidence", "attn"): "p", ("evidence", "logit"): "logit", ("field", "pos"): "pos_i"}
+    pre = print_hole("pre", formulas["pre"], reach, layout="iq", leaf_axes={"p": "iq", "logit": "iq"})
+    below = {("tile", "q"): "over_q", ("field", "pos"): "pos_i"}
+    mid = print_hole("mid", formulas["mid"], below, layout="i")
+    post = print_hole("post", formulas["post"], {("tile", "g"): "over_g", ("field", "pos"): "pos_i"}, layout="i")
+    axes = {"q": Axis("s.shape[1]"), "g": Axis("GROUP")}
+    table = {"p": "iqg", "logit": "iqg"}
+    whole = print_hole("t", formulas["whole"], reach, layout="iqg", axes=axes, leaf_axes=table, dialect=TORCH)
+    return {
+        "formulas": (("score", spell(formulas["whole"])),),
+        "pre": pre,
+        "mid": mid,
+        "post": post,
+        "whole": whole,
+        "uses": pre.uses | mid.uses | post.uses,
+        # A query that sees nothing of a block adds attn 0 to a sum: it may be passed over.
+        "skips": formulas["pre"].op == "evidence" and "p" in pre.uses and q_fn in ("sum", "mean"),
+        "q_start": _FOLD[q_fn][0],
+        "g_start": _FOLD[g_fn][0],
+        "q_step": _fold_tile(q_fn),
+        "g_step": _FOLD[g_fn][1].format(acc="over_g", x="y"),
+        "q_mean": q_fn == "mean",
+        "g_mean": g_fn == "mean",
+    }
+
+
+def _fold_tile(fn: str) -> str:
+    reduced = {"sum": "tl.sum(x, 1)", "mean": "tl.sum(x, 1)", "max": "tl.max(x, 1)", "min": "tl.min(x, 1)"}[fn]
+    return _FOLD[fn][1].format(acc="over_q", x=reduced)
+
+
+def _keys(spec: KernelSpec) -> Context:
+    formula = _formulas(spec)["formula"]
+    reach = {("field", "k"): "kt", ("field", "pos"): "pos_i"}
+    hole, whole = (
+        print_hole(
+            "t", formula, reach, layout="id", axes={"d": Axis(size)}, leaf_axes={"kt": "id"}, dialect=dialect
+        )
+        for dialect, size in ((TRITON, "D"), (TORCH, "HEAD_DIM"))
+    )
+    return {"formulas": (("score", spell(formula)),), "hole": hole, "whole": whole, "uses": hole.uses}
+
+
+def _pool(spec: KernelSpec) -> Context:
+    formulas, kind = _formulas(spec), str(spec.fact("kind"))
+    near = {("tile", "0"): "near_score", ("field", "pos"): "near_pos"}
+    own = {("tile", "0"): "score_i", ("tile", "pooled"): "pooled", ("field", "pos"): "pos_i"}
+    made: Context = {"formulas": (("score", spell(formulas["whole"])),), "inner": None, "average": kind == "avg"}
+    for prefix, dialect in (("", TRITON), ("torch_", TORCH)):
+        if "inner" in formulas:
+            made[f"{prefix}inner"] = print_hole("near", formulas["inner"], near, layout="i", dialect=dialect)
+        made[f"{prefix}outer"] = print_hole("t", formulas["outer"], own, layout="i", dialect=dialect)
+    made["uses"] = made["outer"].uses
+    if made["inner"]:
+        start, step = ("float('-inf')", "tl.maximum(pooled, {})") if kind == "max" else ("0.0", "pooled + {}")
+        absent = "tl.where(near, {}, " + start + ")"
+        text = step.format(absent.format(made["inner"].result))
+        made["step"] = text[:-1] + ", tl.PropagateNan.ALL)" if kind == "max" else text
+        made["start"] = start
+        made["torch_step"] = "torch.stack(values).amax()" if kind == "max" else "torch.stack(values).sum() / WIDTH"
+    return made
+
+
+_CONTEXTS = {
+    "decode": _decode,
+    "evict": _evict,
+    "select": _select,
+    "pack": _pack,
+    "columns": _columns,
+    "keys": _keys,
+    "pool": _pool,
+}

@@ -73,4 +73,68 @@ def _evict(spec: KernelSpec) -> tuple[Entry, ...]:
     return (("evict_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
 
 
-_TABLES = {"decode": _decode, "evict": _evict}
+def _select(spec: KernelSpec) -> tuple[Entry, ...]:
+    types = _types("*fp32: scores; *u8: candidates keep; *i32: pos heads keys; *i64: wanted; i32: all_heads n groups")
+    constants: dict[str, object] = {"HEADS": spec.fact("heads"), "BLOCK": 4096}
+    return (("select_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
+
+
+def _pack(spec: KernelSpec) -> tuple[Entry, ...]:
+    options = {"num_warps": spec.number("warps"), "num_stages": 3}
+    page = spec.fact("page")
+    first = _types("*u8: keep; *i32: before length table free top; *i64: layer; i32: rows n tiles table_row")
+    second = _types(
+        "*T: k_in v_in k v; *i32: pos_in before pos table; *u8: frozen_in keep frozen; *fp32: state_in state; *i64: layer; "
+        "i32: k_b k_h k_n v_b v_h v_n state_s slots table_row rows kv_heads n tiles",
+        dtype_name(str(spec.fact("dtype"))),
+    )
+    constants = {"D": spec.fact("head_dim"), "PAGE": page, "STATES": spec.fact("states"), "TILE": 1024, "BLOCK": 32}
+    return (
+        ("reserve_kernel", first, {"PAGE": page, "TILE": 1024}, options),
+        ("pack_kernel", second, constants, options),
+    )
+
+
+def _columns(spec: KernelSpec) -> tuple[Entry, ...]:
+    dtype = dtype_name(str(spec.fact("dtype")))
+    first = _types(
+        "*T: q k; *i32: pos qpos; *fp32: lse; fp32: scale; i32: q_b q_h q_n k_b k_h k_n n n_q heads stretch", dtype
+    )
+    second = _types(
+        "*T: q k; *i32: pos qpos; *fp32: lse out; fp32: scale lse_scale; "
+        "i32: q_b q_h q_n k_b k_h k_n n n_q kv_heads splits",
+        dtype,
+    )
+    constants = {
+        "GROUP": spec.fact("group"),
+        "D": spec.fact("head_dim"),
+        "BLOCK_N": spec.fact("block_n"),
+        "BLOCK_Q": spec.fact("block_q"),
+    }
+    options = {"num_warps": spec.number("warps"), "num_stages": 3}
+    both = (("lse_kernel", first, constants, options), ("columns_kernel", second, constants, options))
+    return both if spec.fact("window") else both[1:]
+
+
+def _keys(spec: KernelSpec) -> tuple[Entry, ...]:
+    dtype = dtype_name(str(spec.fact("dtype")))
+    types = _types("*T: k; *i32: pos; *fp32: out; i32: k_b k_h k_n n kv_heads", dtype)
+    constants = {"D": spec.fact("head_dim"), "BLOCK": spec.fact("block_n")}
+    return (("keys_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
+
+
+def _pool(spec: KernelSpec) -> tuple[Entry, ...]:
+    types = _types("*fp32: score out; *i32: pos order count; i32: n")
+    constants = {"WIDTH": spec.fact("width"), "BLOCK": 512}
+    return (("pool_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
+
+
+_TABLES = {
+    "decode": _decode,
+    "evict": _evict,
+    "select": _select,
+    "pack": _pack,
+    "columns": _columns,
+    "keys": _keys,
+    "pool": _pool,
+}

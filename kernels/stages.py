@@ -38,6 +38,7 @@ class Cut:
         return self.row.op == "tile"
 
 
+_ACROSS = {"i": "over the entries of a row", "u": "over units", "h": "over heads inside a formula"}
 _LEAF_AXES = {"const": "", "scalar": "", "state": "i", "tile": "i", "evidence": "gqi"}
 _FIELD_AXES = {"pos": "i", "age": "i", "k": "id", "v": "id"}
 
@@ -67,18 +68,27 @@ def reduction(expr: Expr) -> tuple[str, str]:
     return str(expr.value[0]), str(expr.value[1])
 
 
+def joined_heads(expr: Expr) -> str | None:
+    """How an outermost `[h]` joins the heads of the layer; None where there is none."""
+    if expr.op != "reduce" or reduction(expr)[1] != "h":
+        return None
+    if reduction(expr)[0] not in ("mean", "sum", "max", "min"):
+        raise Unprintable(f"{reduction(expr)[0]}[h] has no Triton form yet")
+    return reduction(expr)[0]
+
+
 def cut(expr: Expr) -> Cut:
     """Split a score into its stages.
 
     Raises:
         Unprintable: reductions over entries or units, values, keys beside attention, heads inside a pooling.
     """
-    heads = None
-    if expr.op == "reduce" and reduction(expr)[1] == "h":
-        heads = reduction(expr)[0]
-        if heads not in ("mean", "sum", "max", "min"):
-            raise Unprintable(f"{heads}[h] has no Triton form yet")
-        expr = expr.args[0]
+    heads = joined_heads(expr)
+    expr = expr.args[0] if heads else expr
+    for node in expr.walk():
+        if node.op == "reduce" and reduction(node)[1] in _ACROSS:
+            fn, axis = reduction(node)
+            raise Unprintable(f"{fn}[{axis}] {_ACROSS[axis]} has no Triton form yet")
     tiles: list[Tile] = []
     return Cut(row=_split(expr, heads or "mean", tiles), tiles=tuple(tiles), heads=heads)
 
@@ -95,17 +105,14 @@ def _split(expr: Expr, left_over: str, tiles: list[Tile]) -> Expr:
         if tile not in tiles:
             tiles.append(tile)
         return Expr("tile", (), tiles.index(tile))
-    if expr.op == "reduce":
-        fn, axis = reduction(expr)
-        where = {"i": "over the entries of a row", "u": "over units", "h": "over heads inside a formula"}
-        raise Unprintable(f"{fn}[{axis}] {where.get(axis, 'here')} has no Triton form yet")
-    if expr.op == "evidence" or expr.op == "field":
-        raise Unprintable(f"{expr.op} {expr.value} stands outside any reduction of its axes")
+    if expr.op in ("evidence", "field", "reduce"):
+        raise Unprintable(f"{expr.op} {expr.value} leaves axes {', '.join(sorted(axes))} open")
     return Expr(expr.op, tuple(_split(arg, left_over, tiles) for arg in expr.args), expr.value)
 
 
 def _reads_tensors(expr: Expr) -> bool:
-    return any(n.op in ("evidence", "landmark") or (n.op == "field" and n.value not in ("pos", "age")) for n in expr.walk())
+    fields = {str(n.value) for n in expr.walk() if n.op == "field"}
+    return bool(fields - {"pos", "age"}) or any(n.op in ("evidence", "landmark") for n in expr.walk())
 
 
 def _fits_a_tile(expr: Expr) -> bool:

@@ -74,7 +74,7 @@ def optimize(
     compiled = compile_policy(policy, facts, name=name, tables=tables, **params)
     restore(model)
     key = ops.register(ops.Program(compiled.plan, ops.backend(chosen)))
-    layers = Layers(inner)
+    layers = Layers(compiled.plan.name, inner)
     scale = float(sites[0].attention.scaling)  # type: ignore[arg-type]
     tail = gathered_evictions(compiled.plan, key, scale, len(Site._fields))
     dtype = next(sites[0].attention.parameters()).dtype

@@ -15,7 +15,8 @@ import typer
 
 from kvcompile import __version__
 from kvcompile.cli_check import check
-from kvcompile.cli_model import explain, inspect, kernels, run, verify
+from kvcompile.cli_inspect import inspect, kernels
+from kvcompile.cli_model import explain, run, verify
 
 # Helps are plain text: they are read in pipes and logs too.
 app = typer.Typer(

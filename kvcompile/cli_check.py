@@ -86,7 +86,8 @@ def examine(file: str, name: str | None, params: dict[str, str]) -> Outcome:
         try:
             resolved = resolve(loaded, params)
             outcome.policies[resolved.name] = resolved.digest
-            outcome.findings += check_policy(resolved)
+            found = resolved.findings
+            outcome.findings += [*found, *(finding for finding in check_policy(resolved) if finding not in found)]
             if outcome.count("error") == before:
                 lower(resolved)
         except PolicyError as error:
@@ -114,7 +115,8 @@ def _show(outcome: Outcome, ast: bool) -> None:
     if ast and outcome.tree is not None:
         for line in _tree_lines(outcome.tree, 0):
             typer.echo(line)
-    for finding in outcome.findings:
+    ranks = ("error", "warning", "note")
+    for finding in sorted(outcome.findings, key=lambda found: ranks.index(found.severity)):
         print(finding, file=sys.stderr)
     errors, warnings = outcome.count("error"), outcome.count("warning")
     if errors:

@@ -1,4 +1,4 @@
-"""The commands that look at a policy on a model: explain, run, inspect, verify, kernels.
+"""The commands that put a policy to work on a model: explain, run, verify.
 
 Takes a policy and a local model folder; gives text or JSON on stdout, progress on stderr.
 Guarantees: torch and transformers are imported by a command that needs them, not by this module.
@@ -6,15 +6,11 @@ Guarantees: torch and transformers are imported by a command that needs them, no
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
 
 from kvcompile import cli_options as shared
-
-# The prompt that `verify` and `inspect` make up where none is given: enough for most budgets to bind.
-MADE_UP_LENGTH = 256
 
 
 def explain(
@@ -30,14 +26,15 @@ def explain(
     as_json: shared.AsJson = False,
 ) -> None:
     """Say what a policy holds and costs on a model, before anything runs."""
-    params, paths = shared.parameters(settings), shared.tables(tables)
+    params, paths = shared.parameters(settings), shared.table_files(tables)
+    shared.check_first(policy, {"name": name, **params})
     from kvcompile.passes.explain import explain as explained
 
     config = shared.load_config(model)
     facts: Any = explained(
         policy, config, prompt=prompt, generate=generate, batch=batch, gpu=gpu, name=name, tables=paths, **params
     )
-    _print(facts, as_json)
+    shared.print_result(facts, as_json)
 
 
 def run(
@@ -57,9 +54,9 @@ def run(
     text = shared.read_prompt(prompt, prompt_file)
     if text is None:
         raise typer.BadParameter("give --prompt TEXT or --prompt-file FILE", param_hint="--prompt")
-    options = _options(name, settings, tables, backend, compile_how)
-    _check_first(policy, options)
-    with _progress("loading the model"):
+    options = shared.use_options(name, settings, tables, backend, compile_how)
+    shared.check_first(policy, options)
+    with shared.progress("loading the model"):
         decoder = shared.load_model(model)
         tokenizer = shared.load_tokenizer(model)
         ids = shared.encode(tokenizer, text, decoder.device)
@@ -68,7 +65,10 @@ def run(
     from kvcompile.reporting import report
 
     asked = {"attention_mask": ids.new_ones(ids.shape), "max_new_tokens": max_new_tokens, "do_sample": False}
-    with _progress(f"{ids.shape[1]} prompt tokens, up to {max_new_tokens} new ones"), use(decoder, policy, **options):
+    with (
+        shared.progress(f"{ids.shape[1]} prompt tokens, up to {max_new_tokens} new ones"),
+        use(decoder, policy, **options),
+    ):
         new = decoder.generate(ids, **asked)[0, ids.shape[1] :]
         measured = report(decoder)
     answer = tokenizer.decode(new, skip_special_tokens=True)
@@ -80,27 +80,6 @@ def run(
         typer.echo(str(measured))
 
 
-def inspect(
-    policy: shared.Policy,
-    model: shared.ModelFolder,
-    after: Annotated[str | None, typer.Option("--after", metavar="PASS", help="The IR after this pass.")] = None,
-    kernel: Annotated[str | None, typer.Option("--kernel", metavar="NAME", help="The source of this kernel.")] = None,
-    arch: Annotated[str | None, typer.Option("--arch", metavar="ARCH", help="sm_80, sm_90 or sm_100.")] = None,
-    name: shared.PolicyName = None,
-    settings: shared.Settings = None,
-    tables: shared.Tables = None,
-    backend: shared.Backend = "auto",
-    compile_how: shared.Compile = "auto",
-    as_json: shared.AsJson = False,
-) -> None:
-    """Show what the compiler made of a policy: plan, IR, kernels."""
-    if arch is not None and kernel is None:
-        raise typer.BadParameter("--arch goes with --kernel NAME", param_hint="--arch")
-    if after is not None and kernel is not None:
-        raise typer.BadParameter("give --after or --kernel, not both", param_hint="--after")
-    raise SystemExit(3)
-
-
 def verify(
     policy: shared.Policy,
     model: shared.ModelFolder,
@@ -108,7 +87,7 @@ def verify(
     prompt_file: shared.PromptFile = None,
     length: Annotated[
         int, typer.Option("--length", metavar="N", min=1, help="Without a prompt: this many made-up tokens.")
-    ] = MADE_UP_LENGTH,
+    ] = shared.MADE_UP_LENGTH,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=0, help="Decode forwards.")] = 16,
     name: shared.PolicyName = None,
     settings: shared.Settings = None,
@@ -119,9 +98,9 @@ def verify(
 ) -> None:
     """Compare a backend with the reference, and a policy with the full cache."""
     text = shared.read_prompt(prompt, prompt_file)
-    options = _options(name, settings, tables, backend, compile_how)
-    _check_first(policy, options)
-    with _progress("loading the model"):
+    options = shared.use_options(name, settings, tables, backend, compile_how)
+    shared.check_first(policy, options)
+    with shared.progress("loading the model"):
         decoder = shared.load_model(model)
         if text is None:
             ids = shared.made_up_prompt(decoder, length)
@@ -130,41 +109,8 @@ def verify(
 
     from kvcompile.verify import verify as verified
 
-    with _progress(f"{ids.shape[1]} prompt tokens and {steps} steps, three times"):
+    with shared.progress(f"{ids.shape[1]} prompt tokens and {steps} steps, three times"):
         outcome = verified(decoder, policy, ids, steps=steps, **options)
-    _print(outcome, as_json)
+    shared.print_result(outcome, as_json)
     if not outcome.ok:
         raise typer.Exit(1)
-
-
-def kernels() -> None: ...
-
-
-def _options(
-    name: str | None, settings: list[str] | None, tables: list[str] | None, backend: str, compile_how: str
-) -> dict[str, Any]:
-    """The keyword arguments of `use`."""
-    fixed = {"name": name, "tables": shared.tables(tables)}
-    fixed |= {"backend": shared.backend(backend), "compile": shared.how_compiled(compile_how)}
-    return fixed | shared.parameters(settings)
-
-
-def _check_first(policy: str, options: dict[str, Any]) -> None:
-    """Find mistakes in the policy before a model is loaded."""
-    from kvcompile.dsl.load import load
-
-    load(policy, options["name"])
-
-
-def _progress(what: str) -> AbstractContextManager[Any]:
-    """A spinner on stderr; nothing where stderr is no terminal."""
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)
-
-
-def _print(value: Any, as_json: bool) -> None:
-    if as_json:
-        shared.print_json(value.to_dict())
-    else:
-        typer.echo(str(value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,9 @@ Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Th
 PromptFile = Annotated[
     Path | None, typer.Option("--prompt-file", metavar="FILE", help="A file that holds the prompt; - reads stdin.")
 ]
+
+# Tokens of the prompt that is made up where none is given: enough for small budgets to bind.
+MADE_UP_LENGTH = 256
 
 # The names that optimize, use and explain take for themselves.
 RESERVED = frozenset(
@@ -69,7 +73,7 @@ def parameters(words: list[str] | None) -> dict[str, str]:
     return found
 
 
-def tables(words: list[str] | None) -> dict[str, str] | None:
+def table_files(words: list[str] | None) -> dict[str, str] | None:
     """The tables of head classes."""
     return pairs(words, "--table", "HEADS=FILE") or None
 
@@ -79,14 +83,6 @@ def choice(value: str, allowed: tuple[str, ...], option: str) -> str:
     if value not in allowed:
         raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}", param_hint=option)
     return value
-
-
-def backend(value: str) -> str:
-    return choice(value, ("auto", "reference", "cpu", "triton"), "--backend")
-
-
-def how_compiled(value: str) -> str:
-    return choice(value, ("auto", "inductor", "eager", "off"), "--compile")
 
 
 def load_config(folder: Path) -> Any:
@@ -145,6 +141,45 @@ def made_up_prompt(model: Any, length: int) -> Any:
 
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def use_options(
+    name: str | None, settings: list[str] | None, tables: list[str] | None, backend: str, compile_how: str
+) -> dict[str, Any]:
+    """The keyword arguments of `use`."""
+    return {
+        "name": name,
+        "tables": table_files(tables),
+        "backend": choice(backend, ("auto", "reference", "cpu", "triton"), "--backend"),
+        "compile": choice(compile_how, ("auto", "inductor", "eager", "off"), "--compile"),
+        **parameters(settings),
+    }
+
+
+def policy_parameters(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `use`'s keyword arguments that go to the policy."""
+    return {key: value for key, value in options.items() if key not in RESERVED}
+
+
+def check_first(policy: str, options: dict[str, Any]) -> None:
+    """Find mistakes in the policy before a model is loaded."""
+    from kvcompile.dsl import load, resolve
+
+    resolve(load(policy, options["name"]), policy_parameters(options))
+
+
+def progress(what: str) -> AbstractContextManager[Any]:
+    """A spinner on stderr; nothing where stderr is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
+
+
+def print_result(value: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(value.to_dict())
+    else:
+        typer.echo(str(value))
 
 
 def _read(file: Path) -> str:

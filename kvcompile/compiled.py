@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Site
-from kvcompile.passes.dump import dump_text
+from kvcompile.passes.dump import dump_graph
 from kvcompile.passes.open_anchors import OpenAnchors
 
 ATTENTION = "kvcompile"
@@ -78,6 +78,7 @@ class GraphRecord:
 class Layers:
     """The compiled callables of one optimised model and what is known of them."""
 
+    policy: str
     inner: str
     records: list[GraphRecord] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
@@ -113,8 +114,8 @@ class Layers:
             module.recompile()
             after = module.print_readable(print_output=False)
             self.records.append(GraphRecord(phase, before, after, anchors))
-            dump_text(f"graph.{phase}.before.txt", before)
-            dump_text(f"graph.{phase}.after.txt", after)
+            dump_graph(self.policy, f"graph-{phase}-before.txt", before)
+            dump_graph(self.policy, f"graph-{phase}-after.txt", after)
             if self.inner == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 

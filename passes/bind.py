@@ -59,23 +59,22 @@ def _head_classes(ops: list[HeadsOp], context: Context) -> dict[str, Heads]:
     for op in ops:
         declared.setdefault(op.label.data, []).append(op)
     _check_given(declared, context)
-    found: dict[str, Heads] = {}
+    tables: dict[str, Heads] = {}
     for name, sources in declared.items():
         parts = [_table_heads(op, context) for op in sources if op.kind.data == "table"]
-        found[name] = frozenset().union(*parts)
-    open_ = {name for name, sources in declared.items() if any(op.kind.data == "rest" for op in sources)}
-    if len(open_) > 1:
-        raise fail("K602", f"`rest` goes to {', '.join(sorted(open_))}", context.places.span(declared[max(open_)][0]),
-                   "only one class can take what is left")  # fmt: skip
-    aliases = {name for name, sources in declared.items() if all(op.kind.data == "same" for op in sources)}
-    for _ in declared:  # a chain of `same` settles in at most as many rounds as there are classes
-        for name, sources in declared.items():
-            others = [found.get(op.source.data, frozenset()) for op in sources if op.kind.data == "same"]
-            found[name] = found[name].union(*others)
-    for name in open_:
-        others = [heads for other, heads in found.items() if other != name and other not in aliases]
-        found[name] = _everything(context).difference(*others) | found[name]
-    return found
+        tables[name] = frozenset().union(*parts)
+
+    def heads_of(name: str, trail: tuple[str, ...] = ()) -> Heads:
+        heads = tables.get(name, frozenset())
+        for op in declared.get(name, ()) if name not in trail else ():
+            if op.kind.data == "rest":
+                others = [part for other, part in tables.items() if other != name]
+                heads |= _everything(context).difference(*others)
+            elif op.kind.data == "same":
+                heads |= heads_of(op.source.data, (*trail, name))
+        return heads
+
+    return {name: heads_of(name) for name in declared}
 
 
 def _check_given(declared: dict[str, list[HeadsOp]], context: Context) -> None:
@@ -108,20 +107,21 @@ def _table_heads(op: HeadsOp, context: Context) -> Heads:
 def _rows(classes: list[ClassOp], named: dict[str, Heads], context: Context) -> dict[tuple[int, int], ClassOp]:
     """The class of every head: the one with both layers and heads first, then either, then the one without prefix."""
     claims = {op: _claim(op, named, classes, context) for op in classes}
-    left = _everything(context)
-    named_rows = [claims[op] for op in classes if op.heads is not None and op.heads.data in named]
     taken: dict[tuple[int, int], ClassOp] = {}
     for op in sorted(classes, key=lambda op: -_detail(op)):
         claim = claims[op]
         if op.heads is not None and op.heads.data == "rest" and "rest" not in named:
-            claim = claim.difference(*named_rows)
+            others = [o for o in classes if o is not op and (o.heads is not None or _detail(o) >= _detail(op))]
+            claim = claim.difference(*(claims[other] for other in others))
         for row in sorted(claim):
             owner = taken.setdefault(row, op)
             if owner is not op and _detail(owner) == _detail(op):
-                raise fail("K602", f"layer {row[0]}, KV head {row[1]} is named by `{owner.sym_name.data}` and by "
-                           f"`{op.sym_name.data}`", context.places.span(op), "nest one prefix in the other")  # fmt: skip
-    for row in sorted(left - taken.keys()):
-        raise fail("K702", f"no clause covers layer {row[0]}, KV head {row[1]}", outside("<policy>"), "add a `rest:` clause")
+                both = f"`{owner.sym_name.data}` and `{op.sym_name.data}`"
+                raise fail("K602", f"{both} both name layer {row[0]}, KV head {row[1]}", context.places.span(op),
+                           "nest one prefix in the other")  # fmt: skip
+    for row in sorted(_everything(context) - taken.keys()):
+        message = f"no clause covers layer {row[0]}, KV head {row[1]}"
+        raise fail("K702", message, outside("<policy>"), "add a `rest:` clause")
     return taken
 
 
@@ -167,6 +167,5 @@ def _erase_unused(policy: PolicyOp, used: set[str]) -> None:
         unused_keep = isinstance(op, KeepOp) and op.of.root_reference.data not in used
         unused_class = isinstance(op, ClassOp) and op.sym_name.data not in used
         if unused_keep or unused_class:
-            op.detach()
-            op.erase()
+            policy.body.block.erase_op(op)
     region_dce(policy.body)

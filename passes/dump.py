@@ -1,21 +1,18 @@
-"""`KVC_DUMP=dir`: every stage leaves its text there, numbered in the order in which stages ran."""
+"""`KVC_DUMP=dir`: graphs leave their text beside the policy's modules, numbered in the order in which they came."""
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 
-_number = itertools.count()
 
-
-def dump_text(name: str, text: str, folder: str | Path | None = None) -> Path | None:
-    """Write one stage's text as `NNN.name` into `folder` or $KVC_DUMP; nothing where neither is given."""
-    folder = folder or os.environ.get("KVC_DUMP")
+def dump_graph(policy: str, name: str, text: str) -> Path | None:
+    """Write a graph's text as `$KVC_DUMP/POLICY/NN-NAME`; nothing where the variable is not set."""
+    folder = os.environ.get("KVC_DUMP")
     if not folder:
         return None
-    target = Path(folder)
+    target = Path(folder) / policy
     target.mkdir(parents=True, exist_ok=True)
-    path = target / f"{next(_number):03d}.{name}"
-    path.write_text(text)
+    path = target / f"{len(list(target.iterdir())):02d}-{name}"
+    path.write_text(text, encoding="utf-8")
     return path

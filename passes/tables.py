@@ -59,7 +59,7 @@ def _read(path: Path) -> str:
     where = outside(str(path))
     try:
         if path.is_dir():
-            raise fail("K610", "the head table is a directory", where, "name a file in it, such as full_attention_heads.tsv")
+            raise fail("K610", "the head table is a directory", where, "name the file in it")
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -72,7 +72,8 @@ def _read(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise fail("K610", f"the head table is no text (byte {error.start})", where, "save it as tab-separated text") from None
+        message = f"the head table is no text (byte {error.start})"
+        raise fail("K610", message, where, "save it as tab-separated text") from None
 
 
 def _row(source: Source, number: int, line: str) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,9 +28,13 @@ Positions = tuple[tuple[tuple[int, ...], ...], ...]  # [layer][KV head]
 
 
 def examples(n: int):
-    """Hypothesis with n fixed examples; models are slow to build, so its own health checks do not apply."""
+    """Hypothesis with n fixed examples. Models are slow to build: no health checks, and no shrinking, since every
+    draw is small already."""
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
+    phases = [Phase.explicit, Phase.generate]
+    return settings(
+        max_examples=n, deadline=None, derandomize=True, database=None, phases=phases, suppress_health_check=quiet
+    )
 
 
 # -- one policy with parameters --------------------------------------------------------------------------------------

@@ -271,13 +271,11 @@ def test_run_keep_all_is_the_model(capsys: pytest.CaptureFixture[str], folder: P
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[
-        0, ids.shape[1] :
-    ]
-    code, out, _ = run(
-        capsys, "run", "keep_all", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 6, "--json"
-    )
-    assert code == 0 and json.loads(out)["tokens"] == want
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    want = out[0, ids.shape[1] :].tolist()
+    arguments = ["run", "keep_all", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 6, "--json"]
+    code, printed, _ = run(capsys, *arguments)
+    assert code == 0 and json.loads(printed)["tokens"] == want
 
 
 def test_verify_agrees_with_the_reference(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -1,0 +1,158 @@
+"""Names and words: reserved ones, double ones, and words that a clause does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvcompile.dsl import ast, words
+from kvcompile.dsl.context import Context
+from kvcompile.dsl.diagnostics import did_you_mean, finding
+from kvcompile.dsl.source import Span
+
+
+def check_names(context: Context) -> None:
+    """Declarations of the policy, then the words of formats, events, losers and positions."""
+    _declarations(context)
+    for placed in context.resolved.clauses:
+        match placed.clause:
+            case ast.Store() as clause:
+                _formats(context, clause.formats)
+            case ast.Keep() as clause:
+                for loser in clause.losers:
+                    _loser(context, loser)
+            case ast.On() as clause:
+                _on(context, clause)
+            case ast.Positions() as clause:
+                _known(context, clause.mode, words.POSITIONS, "mode of positions", clause)
+            case ast.Unit() as clause:
+                _unit(context, clause)
+            case ast.Share() as clause:
+                _share(context, clause)
+
+
+def _declarations(context: Context) -> None:
+    values: dict[str, str] = {name: "parameter" for name, _ in context.resolved.params}
+    units: dict[str, str] = {}  # units are named where nothing else can be, so `unit page(page)` is clear
+
+    def declare(name: str, what: str, span: Span, names: dict[str, str] = values) -> None:
+        _reserved(context, name, what, span)
+        if name in names:
+            context.report(finding("K106", f"`{name}` is a {names[name]} already", span, "give it another name"))
+        names.setdefault(name, what)
+
+    for param in context.resolved.header.params:
+        _reserved(context, param.name, "parameter", param.name_span)
+        if param.name in words.OPTIONS:
+            context.report(
+                finding(
+                    "K105",
+                    f"`{param.name}` is an option of the Python interface",
+                    param.name_span,
+                    "the parameter could never be given: name it otherwise",
+                )
+            )
+    for placed in context.resolved.clauses:
+        match placed.clause:
+            case ast.State() as clause:
+                for assign in clause.assigns:
+                    declare(assign.name, "state", assign.name_span)
+            case ast.Unit() as clause:
+                declare(clause.name, "unit", clause.name_span, units)
+                for landmark in clause.landmarks:
+                    declare(landmark.name, "landmark", landmark.name_span)
+            case ast.Score() | ast.Share() | ast.Pick() as clause:
+                declare(clause.name, type(clause).__name__.lower(), clause.name_span)
+
+
+def _reserved(context: Context, name: str, what: str, span: Span) -> None:
+    if name in words.RESERVED:
+        context.report(
+            finding(
+                "K105",
+                f"`{name}` is a word of the language, so no {what} can have that name",
+                span,
+                f"name it otherwise, such as `{name}_`",
+            )
+        )
+
+
+def _known(context: Context, word: str, known: Iterable[str], what: str, node: ast.Node) -> bool:
+    if word in known:
+        return True
+    context.say("K116", f"unknown {what} `{word}`", node, did_you_mean(word, known, f"known: {what}"))
+    return False
+
+
+def _count(context: Context, what: str, given: int, arity: tuple[int, int], node: ast.Node) -> None:
+    low, high = arity
+    if not low <= given <= high:
+        wants = f"{low}" if low == high else f"{low} to {high}"
+        context.say("K113", f"`{what}` takes {wants} arguments, not {given}", node)
+
+
+def _formats(context: Context, formats: tuple[ast.Format, ...]) -> None:
+    for form in formats:
+        for word in form.words:
+            match word:
+                case ast.FormatWord():
+                    if word.name not in words.FORMATS:
+                        context.say(
+                            "K115",
+                            f"unknown format `{word.name}`",
+                            word,
+                            did_you_mean(word.name, words.FORMATS, "formats"),
+                        )
+                case ast.Grain():
+                    _known(context, word.what, words.GRAINS, "grain of a format", word)
+                case ast.Move():
+                    _known(context, word.tier, words.TIERS, "tier", word)
+
+
+def _loser(context: Context, loser: ast.Loser) -> None:
+    match loser:
+        case ast.Merge():
+            _known(context, loser.into, ("nearest",), "target of a merge", loser)
+            context.say(
+                "K401",
+                "keys are merged after their rotation, which belongs to another position each",
+                loser,
+                "published so; values alone can be averaged without loss of meaning",
+            )
+        case ast.Fold():
+            if _known(context, loser.fn, words.FOLDS, "fold", loser):
+                _count(context, loser.fn, len(loser.args) + len(loser.named), words.FOLDS[loser.fn], loser)
+        case ast.Requant():
+            _formats(context, loser.formats)
+        case ast.Move():
+            _known(context, loser.tier, words.TIERS, "tier", loser)
+
+
+def _on(context: Context, clause: ast.On) -> None:
+    _known(context, clause.event, words.EVENTS, "event", clause)
+    for update in clause.updates:
+        if update.name not in context.states:
+            context.report(
+                finding(
+                    "K101",
+                    f"`{update.name}` is no state of this policy",
+                    update.name_span,
+                    did_you_mean(update.name, context.states, "states") or f"declare `state {update.name} = 0`",
+                )
+            )
+
+
+def _unit(context: Context, clause: ast.Unit) -> None:
+    if len(clause.args) != 1:
+        context.say(
+            "K113", f"a unit takes one size or condition, not {len(clause.args)}", clause, "such as `unit page(16)`"
+        )
+    for named in clause.named:
+        _known(context, named.name, ("stride", "order"), "argument of a unit", named)
+
+
+def _share(context: Context, clause: ast.Share) -> None:
+    by = clause.by
+    if by.fn not in words.SHARES:
+        context.say("K102", f"no way to share by `{by.fn}`", by, did_you_mean(by.fn, words.SHARES, "shares"))
+        return
+    _count(context, by.fn, len(by.args) + len(by.named), words.SHARES[by.fn], by)

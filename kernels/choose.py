@@ -1,0 +1,328 @@
+"""Which kernels a policy needs: from a `PolicyPlan` to specs, one function per place where a kernel stands.
+
+Takes a plan, gives `KernelSpec`s. Guarantees: what has no Triton form raises `Unprintable` here and is
+listed by `unprintable`, with the class it concerns; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+from kvcompile.kernels.contexts import context
+from kvcompile.kernels.holes import region_text, spell
+from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, Region, Selection, StatePlan
+from kvcompile.kernels.spec import Hole, KernelSpec
+from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, reduction
+
+_STEP = ("step", "every", "filled", "full")
+_PREFILL = ("prefill.end", "chunk")
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _block(plan: PolicyPlan) -> int:
+    """Entries of a decode tile: K and V of two tiles in flight within about 64 KiB of shared memory."""
+    return max(16, min(128, 16384 // plan.facts.entry_bytes * 2))
+
+
+def _shape(plan: PolicyPlan) -> dict[str, int | str]:
+    size = plan.facts.head_dim
+    if size < 16 or size != _power_of_two(size):
+        raise Unprintable(f"head_dim {size} is not a power of two of at least 16")
+    return {"head_dim": size, "dtype": plan.facts.dtype}
+
+
+def _pool_facts(plan: PolicyPlan) -> dict[str, int | str]:
+    names = " ".join(state.name for state in plan.states)
+    return _shape(plan) | {"page": plan.page, "states": len(plan.states), "state_names": names}
+
+
+def _made(spec: KernelSpec) -> KernelSpec:
+    """The spec itself, once its formulas are known to print."""
+    context(spec)
+    return spec
+
+
+def _steps(plan: PolicyPlan, cls: ClassPlan) -> bool:
+    return any(cls.fires_on(kind) for kind in _STEP)
+
+
+def _prefills(plan: PolicyPlan, cls: ClassPlan) -> bool:
+    return any(cls.fires_on(kind) for kind in _PREFILL)
+
+
+def _one_tile(parts: Cut) -> Tile | None:
+    if len(parts.tiles) > 1:
+        raise Unprintable("a score of several evidences has no Triton form yet")
+    return parts.tiles[0] if parts.tiles else None
+
+
+def _step_tile(parts: Cut) -> Tile | None:
+    """The evidence of a score that is judged after a step: that step's own query is all there is."""
+    tile = _one_tile(parts)
+    if tile is not None and tile.kind == "key":
+        raise Unprintable("scores from keys after a step have no Triton form yet")
+    if tile is not None and tile.source is not None and tile.source.kind == "last" and tile.source.width != 1:
+        raise Unprintable(f"q in last({tile.source.width}) after a step has no Triton form yet")
+    if tile is not None and tile.source is not None and tile.source.kind == "peek":
+        raise Unprintable("q in peek after a step has no meaning")
+    return tile
+
+
+def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
+    """Decode attention with what the policy's states and step scores take from it.
+
+    logits: how base-2 logits are kept between the launches, fp32 or fp16. Half the bytes (1.6 % of K and V
+    less at a group of 4 and head_dim 128), but fp16 moves a probability by up to 0.5 % where logits exceed 16.
+    """
+    holes: dict[str, Hole] = {f"init {state.name}": state.init for state in plan.states}
+    for state in plan.states:
+        if state.add is not None:
+            holes[f"add {state.name}"] = _state_tile(state, state.add).formula
+    tiles = {tile.formula for tile in _score_tiles(plan)}
+    if len(tiles) > 1:
+        raise Unprintable("head classes with different scores after a step have no Triton form yet")
+    if tiles:
+        (holes["score"],) = tiles
+    group = plan.facts.group
+    facts = _pool_facts(plan) | {
+        "group": group,
+        "group_pad": max(16, _power_of_two(group)),
+        "block_n": _block(plan),
+        "warps": 4,
+        "stages": 3,
+        "min_chunk": 256,
+        "logits": logits if any(not name.startswith("init") for name in holes) else "none",
+    }
+    tag = "_".join([s.name for s in plan.states if s.add is not None] + (["score"] if tiles else []))
+    return _made(KernelSpec.of("decode", holes, tag, **facts))
+
+
+def _state_tile(state: StatePlan, add: Expr) -> Tile:
+    parts = cut(add)
+    if not parts.is_tile or parts.heads or parts.tiles[0].kind == "key":
+        raise Unprintable(f"state {state.name} += {spell(add)} is not one sum over attention")
+    tile = parts.tiles[0]
+    if tile.source is not None and tile.source.kind != "forward":
+        raise Unprintable(f"state {state.name} reads q in {tile.source.kind}({tile.source.width})")
+    return tile
+
+
+def _score_tiles(plan: PolicyPlan) -> Iterator[Tile]:
+    for cls in plan.classes:
+        if _steps(plan, cls):
+            try:
+                tiles = [_step_tile(cut(selection.score)) for selection in cls.selections]
+            except Unprintable:
+                continue  # evict_spec says so; the other classes still want their scores
+            yield from (tile for tile in tiles if tile is not None)
+
+
+def _selection_facts(plan: PolicyPlan, index: int, term: Selection) -> dict[str, int | str]:
+    heads = joined_heads(term.score)
+    if term.unit is not None:
+        raise Unprintable(f"selections per {term.unit} have no Triton form yet")
+    if heads and term.scope != "shared":
+        raise Unprintable(f"{heads}[h] where heads do not share the answer has no Triton form yet")
+    cls = plan.classes[index]
+    sizes = {len(plan.heads(layer, index)) for layer in range(plan.facts.layers)} - {0}
+    if heads and sizes - {plan.facts.kv_heads}:
+        raise Unprintable(f"{heads}[h] in class {cls.name}, which is part of a layer's heads, has no Triton form yet")
+    fraction = term.fraction or Fraction(0)
+    return {
+        "scope": term.scope,
+        "heads": 1 if term.scope == "head" else max(sizes, default=1),
+        "rank": term.rank,
+        "join": heads or "mean",
+        "count": -1 if term.count is None else term.count,
+        "fraction": f"{fraction.numerator}/{fraction.denominator if term.fraction is not None else 0}",
+        "floor": f"{term.floor.numerator}/{term.floor.denominator}",
+    }
+
+
+_NO_SELECTION: dict[str, int | str] = {
+    "scope": "none",
+    "heads": 1,
+    "rank": "top",
+    "join": "mean",
+    "count": -1,
+    "fraction": "0/0",
+    "floor": "0/1",
+}
+
+
+def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
+    """What class `index` drops after a step: judge, choose, compact, for all its rows at once."""
+    cls = plan.classes[index]
+    if len(cls.selections) > 1:
+        raise Unprintable(f"class {cls.name} has several selections after a step")
+    regions = [term for term in cls.keep if isinstance(term, Region)]
+    holes: dict[str, Hole] = {
+        "regions": " | ".join(region_text(plan, region) for region in regions) or "(at < 0)",
+        "counts": "\n".join(f"{i} {plan.counts[i].name}" for i in _counts(cls)),
+    }
+    facts = _pool_facts(plan) | {"warps": 4, "ordered": cls.by_position, "freezes": _freezes(cls)}
+    tag = "regions"
+    if cls.selections:
+        (term,) = cls.selections
+        parts = cut(term.score)
+        _step_tile(parts)
+        if any(node.op == "pool" for node in parts.row.walk()):
+            raise Unprintable("pooling after a step has no Triton form yet")
+        facts |= _selection_facts(plan, index, term)
+        holes["row"] = parts.row
+        tag = "_".join(sorted({str(n.value) for n in parts.row.walk() if n.op == "state"})) or "score"
+    else:
+        facts |= _NO_SELECTION
+    return _made(KernelSpec.of("evict", holes, tag, **facts))
+
+
+def _counts(cls: ClassPlan) -> list[int]:
+    return sorted({term.count for term in cls.keep if term.count is not None})
+
+
+def _freezes(cls: ClassPlan) -> bool:
+    return any(isinstance(term, Region) and term.kind == "frozen" for term in cls.keep)
+
+
+def select_spec(plan: PolicyPlan, index: int, term: Selection) -> KernelSpec:
+    """Winners of one selection over a prefill's rows."""
+    facts = _selection_facts(plan, index, term) | {"warps": 8}
+    return _made(KernelSpec.of("select", None, str(term.rank), **facts))
+
+
+def pack_spec(plan: PolicyPlan) -> KernelSpec:
+    """Survivors of a prefill into the rows' pages."""
+    return _made(KernelSpec.of("pack", None, "", **_pool_facts(plan), warps=4))
+
+
+def state_spec(plan: PolicyPlan, state: StatePlan) -> KernelSpec | None:
+    """What a whole prefill adds to a state; None where nothing updates it."""
+    return None if state.add is None else _columns(plan, _state_tile(state, state.add), state.name)
+
+
+def score_specs(plan: PolicyPlan, term: Selection) -> tuple[KernelSpec, ...]:
+    """The stages of a prefill's score, in order: a tile stage (columns or keys), then a row stage (pool).
+
+    Empty where the score is a state alone, which is its own score.
+    """
+    parts = cut(term.score)
+    tile = _one_tile(parts)
+    if tile is None:
+        if parts.row.op == "state":
+            return ()
+        raise Unprintable(f"the score {spell(parts.row)} at the end of a prefill has no Triton form yet")
+    first = _keys(plan, tile) if tile.kind == "key" else _columns(plan, tile, "")
+    return (first,) if parts.is_tile else (first, _row_stage(parts.row))
+
+
+def _keys(plan: PolicyPlan, tile: Tile) -> KernelSpec:
+    facts = _shape(plan) | {"block_n": 64, "warps": 4}
+    return _made(KernelSpec.of("keys", {"formula": tile.formula}, _words(tile.formula), **facts))
+
+
+def _words(formula: Expr) -> str:
+    words = [str(n.value) for n in formula.walk() if n.op in ("unary", "pair")]
+    return "_".join(words) or "plain"
+
+
+def _columns(plan: PolicyPlan, tile: Tile, tag: str) -> KernelSpec:
+    assert tile.source is not None
+    pre, over_q, mid, over_g, post = _chain(tile.formula)
+    window = tile.source.width if tile.source.kind != "forward" else 0
+    holes: dict[str, Hole] = {"pre": pre, "mid": mid, "post": post, "whole": tile.formula}
+    block_q = min(64, max(16, _power_of_two(window))) if window else 64
+    facts = _shape(plan) | {
+        "group": plan.facts.group,
+        "window": window,
+        "over_q": over_q,
+        "over_g": over_g,
+        "block_n": 64,
+        "block_q": block_q,
+        "warps": 4,
+    }
+    return _made(KernelSpec.of("columns", holes, tag or tile.source.kind, **facts))
+
+
+def _chain(formula: Expr) -> tuple[Expr, str, Expr, str, Expr]:
+    """A tile formula as: pre, reduce over q, mid, reduce over g, post. Leaves `tile` q and g stand for the reduced."""
+    queries = [n for n in formula.walk() if n.op == "reduce" and reduction(n)[1] == "q"]
+    groups = [n for n in formula.walk() if n.op == "reduce" and reduction(n)[1] == "g"]
+    if len(queries) != 1 or len(groups) != 1:
+        raise Unprintable(f"{spell(formula)} needs exactly one reduction over queries and one over query heads")
+    (over_q,), (over_g,) = queries, groups
+    q_leaf, g_leaf = Expr("tile", (), "q"), Expr("tile", (), "g")
+    q_fn, g_fn = reduction(over_q)[0], reduction(over_g)[0]
+    if {q_fn, g_fn} - {"sum", "mean", "max", "min"}:
+        raise Unprintable(f"{q_fn}[q] with {g_fn}[g] has no Triton form yet")
+    if over_q in over_g.walk():
+        return over_q.args[0], q_fn, _swap(over_g.args[0], over_q, q_leaf), g_fn, _swap(formula, over_g, g_leaf)
+    same = q_fn == g_fn and q_fn in ("max", "min")
+    if over_q.args[0] == over_g and (same or {q_fn, g_fn} <= {"sum", "mean"}):
+        return over_g.args[0], q_fn, q_leaf, g_fn, _swap(formula, over_q, g_leaf)
+    raise Unprintable(f"{q_fn}[q] of {g_fn}[g] does not commute and has no Triton form yet")
+
+
+def _swap(expr: Expr, old: Expr, new: Expr) -> Expr:
+    if expr == old:
+        return new
+    return Expr(expr.op, tuple(_swap(arg, old, new) for arg in expr.args), expr.value, expr.axes)
+
+
+def _row_stage(row: Expr) -> KernelSpec:
+    pools = [n for n in row.walk() if n.op == "pool"]
+    if len(pools) > 1:
+        raise Unprintable("two poolings in one score have no Triton form yet")
+    holes: dict[str, Hole] = {"whole": row, "outer": row}
+    kind, width = "none", 1
+    if pools:
+        assert isinstance(pools[0].value, tuple)
+        kind, width = str(pools[0].value[0]), int(pools[0].value[1])
+        holes |= {"inner": pools[0].args[0], "outer": _swap(row, pools[0], Expr("tile", (), "pooled"))}
+    return _made(KernelSpec.of("pool", holes, f"{kind}{width}", kind=kind, width=width, warps=4))
+
+
+def _places(plan: PolicyPlan, logits: str) -> Iterator[tuple[str, Callable[[], tuple[KernelSpec, ...]]]]:
+    """(what it is for, how to make it) of every kernel that the plan asks for."""
+    yield "decode", lambda: (decode_spec(plan, logits),)
+    yield "pack", lambda: (pack_spec(plan),)
+    for index, cls in enumerate(plan.classes):
+        if _steps(plan, cls):
+            yield f"class {cls.name}, after a step", lambda i=index: (evict_spec(plan, i),)  # type: ignore[misc]
+        if _prefills(plan, cls):
+            for term in cls.selections:
+                place = f"class {cls.name}, prefill"
+                yield place, lambda t=term: score_specs(plan, t)  # type: ignore[misc]
+                yield place, lambda i=index, t=term: (select_spec(plan, i, t),)  # type: ignore[misc]
+    for state in plan.states:
+        if state.add is not None:
+            yield f"state {state.name}, prefill", lambda s=state: (state_spec(plan, s),)  # type: ignore[misc]
+
+
+def specs_for(plan: PolicyPlan, logits: str = "fp32") -> tuple[KernelSpec, ...]:
+    """Every kernel that the policy needs and that has a Triton form, each once, names unique."""
+    found: dict[KernelSpec, None] = {}
+    for _, make in _places(plan, logits):
+        try:
+            found |= dict.fromkeys(make())
+        except Unprintable:
+            continue  # listed by `unprintable`
+    names = [spec.name for spec in found]
+    return tuple(
+        spec if names.count(spec.name) == 1 else KernelSpec(spec.template, spec.facts, spec.holes, f"{spec.tag}_{spec.digest()[:6]}")
+        for spec in found
+    )  # fmt: skip
+
+
+def unprintable(plan: PolicyPlan, logits: str = "fp32") -> tuple[str, ...]:
+    """What `specs_for` had to leave out, each with its place and reason; empty: all of the policy runs on Triton."""
+    reasons: dict[str, None] = {}
+    for place, make in _places(plan, logits):
+        try:
+            make()
+        except Unprintable as error:
+            reasons[f"{place}: {error}"] = None
+    return tuple(reasons)

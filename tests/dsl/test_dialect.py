@@ -1,0 +1,191 @@
+"""The kv dialect: every operation prints, parses back, and refuses what does not fit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Operation
+from xdsl.utils.exceptions import VerifyException
+
+from kvcompile.dsl import PolicyError
+from kvcompile.dsl import dialect as kv
+from kvcompile.dsl.dialect_policy import ClassOp, HeadsOp, PolicyOp, ScheduleOp, SiteOp, StateOp, UnitOp
+from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, TopOp, TriggerAttr, UnionOp
+from kvcompile.dsl.module import Places, from_text, policy_of, to_text, verify
+from kvcompile.dsl.source import Source
+
+SOURCE = Source("mine.kvp", "policy mine():\n    keep sink(4) | recent(8)\n    at step\n")
+
+
+class Build:
+    """A policy built operation by operation."""
+
+    def __init__(self) -> None:
+        self.policy = PolicyOp("mine", "0123")
+        self.module = ModuleOp([self.policy])
+        self.places = Places()
+
+    def add(self, op: Operation) -> Operation:
+        self.policy.body.block.add_op(op)
+        return op
+
+    def const(self, value: int | str = 4) -> kv.ConstOp:
+        op = kv.ConstOp(Fraction(value))
+        self.add(op)
+        return op
+
+    def count(self) -> kv.CountOp:
+        op = kv.CountOp("n", self.const().res)
+        self.add(op)
+        return op
+
+    def score(self) -> kv.ReadOp:
+        self.add(StateOp("acc", self.const(0).res, None))
+        op = kv.ReadOp("acc")
+        self.add(op)
+        return op
+
+
+def everything() -> ModuleOp:
+    """A module with every operation, and every optional part there and absent."""
+    b = Build()
+    attn = kv.EvidenceOp("attn", "last", 64)
+    over_q = kv.ReduceOp("sum", "q", attn.res)
+    over_g = kv.ReduceOp("mean", "g", over_q.res)
+    pooled = kv.PoolOp("max", 7, over_g.res)
+    for op in (attn, over_q, over_g, pooled, kv.EvidenceOp("logit", "forward", 0), kv.EvidenceOp("attn", "peek", 3)):
+        b.add(op)
+    four, prompt = b.const(), kv.ScalarOp("prompt")
+    tenth = b.const("1/10")
+    part = kv.BinaryOp("*", tenth.res, prompt.res)
+    first = kv.CountOp("first", four.res)
+    shared = kv.CountOp("b", part.res, ("pyramid", Fraction(20)), [first.res])
+    for op in (prompt, part, first, shared):
+        b.add(op)
+    key, ahead = kv.FieldOp("k"), kv.FieldOp("next.k")
+    low = kv.ReduceOp("min", "i", ahead.res)
+    for op in (key, ahead, low, UnitOp("lot", 4, 2, [("low", low.res)]), UnitOp("bare", 16, 0, [])):
+        b.add(op)
+    mark = kv.LandmarkOp("lot", "low", "ud")
+    gap = kv.BinaryOp("-", key.res, mark.res)
+    size = kv.UnaryOp("norm", gap.res)
+    close = kv.PairOp("cos", key.res, mark.res)
+    for op in (mark, gap, size, close):
+        b.add(op)
+    for op in (StateOp("acc", four.res, over_g.res), StateOp("still", four.res, None), kv.ReadOp("acc")):
+        b.add(op)
+    regions = [
+        RegionOp("all"),
+        RegionOp("sink", first.res),
+        RegionOp("newest", unit="lot"),
+        RegionOp("random", first.res, seed=3),
+    ]
+    tops = [
+        TopOp("top", pooled.res, shared.res, "across", Fraction(1, 5)),
+        TopOp("bottom", size.res, Fraction(3, 10), unit="lot", observed=9),
+    ]
+    for op in (*regions, *tops):
+        b.add(op)
+    union = UnionOp([op.res for op in (*regions, *tops)])
+    b.add(union)
+    b.add(HeadsOp("far", "table", "masks.tsv", Fraction(3, 10)))
+    b.add(HeadsOp("near", "rest"))
+    b.add(ClassOp("far", "far", None))
+    b.add(ClassOp("layers 0, last", None, [(0, 0), (-1, -1)]))
+    b.add(ClassOp("all", None, None))
+    keep = KeepOp("all", union.res, [TriggerAttr("chunk", 512), TriggerAttr("filled", 2, "lot")])
+    keep.location = b.places.location(SOURCE.span(19, 43))
+    b.add(keep)
+    b.add(SiteOp(0, ["all", "layers 0, last"]))
+    b.add(ScheduleOp(512, 3, 64, 16))
+    return b.module
+
+
+def test_every_operation_survives_the_text() -> None:
+    module = everything()
+    verify(module, Places())
+    text = to_text(module)
+    again = from_text(text)
+    verify(again, Places())
+    assert again.is_structurally_equivalent(module)
+    assert to_text(again) == text
+    assert 'loc("mine.kvp":2:5)' in text
+    known = {op.name for op in module.walk()}
+    from kvcompile.dsl.dialect_policy import KV
+
+    assert {op.name for op in KV.operations} <= known
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"mean" over "g"', '"mean" over "d"', "no axis 'd' in 'gi'"),
+        ('kv.reduce "sum" over "q"', 'kv.reduce "product" over "q"', "unknown reduction"),
+        ('-> !kv.expr<"gi">', '-> !kv.expr<"gqi">', "its operands give 'gi'"),
+        ('kv.pool "max" 7', 'kv.pool "max" 6', "not odd"),
+        ('kv.scalar "prompt"', 'kv.scalar "weather"', "unknown run-time number"),
+        ('kv.const "1/10"', 'kv.const "a tenth"', "not an exact number"),
+        ('kv.field "k" : !kv.expr<"id">', 'kv.field "k" : !kv.expr<"i">', "its operands give 'id'"),
+        ('over "forward" 0', 'over "forward" 3', "'forward' takes 0"),
+        ('over "peek" 3', 'over "peek" 0', "'forward' takes 0"),
+        ('share "pyramid" "20"', 'share "pyramid" "1/2"', "at least 1"),
+        ('kv.region "all"', 'kv.region "sink"', "sink needs number of entries"),
+        ('kv.region "newest" of "lot"', 'kv.region "newest" of "lost"', "undeclared unit 'lost'"),
+        (' seed 3', "", "random needs seed"),
+        ('fraction "3/10"', 'fraction "13/10"', "not between 0 and 1"),
+        ('scope "across" floor', 'scope "head" floor', "floor is a fraction"),
+        ('kv.read "acc"', 'kv.read "lost"', "undeclared state 'lost'"),
+        ('kv.landmark "lot" "low"', 'kv.landmark "lot" "high"', "no landmark 'high'"),
+        ("for @all at", "for @lost at", "undeclared class 'lost'"),
+        ("kv.site 0 [@all", "kv.site 0 [@lost", "undeclared classes lost"),
+        ('"filled", 2', '"filled", 0', "needs a positive number"),
+        ("page 16", "page 12", "not a power of two"),
+        ('kv.class @far heads "far"', "kv.class @all", "a class is there twice"),
+        ('"table" "masks.tsv"', '"oracle" "masks.tsv"', "unknown head source"),
+        ("size 4 from 2", "size 0 from 2", "positive size"),
+    ],
+)  # fmt: skip
+def test_verifiers_refuse(old: str, new: str, reason: str) -> None:
+    text = to_text(everything())
+    assert text.count(old) >= 1
+    with pytest.raises(PolicyError) as caught:
+        verify(from_text(text.replace(old, new, 1)), Places())
+    assert reason in str(caught.value)
+
+
+def test_axes_of_a_type_are_ordered_letters() -> None:
+    with pytest.raises(VerifyException, match="in this order"):
+        kv.ExprType("ig")
+
+
+def test_a_verifier_failure_points_into_the_policy() -> None:
+    b = Build()
+    union = UnionOp([])
+    b.add(union)
+    keep = KeepOp("nobody", union.res, [])
+    b.add(keep)
+    b.policy.location = b.places.location(SOURCE.span(0, 13))
+    with pytest.raises(PolicyError) as caught:
+        verify(b.module, b.places)
+    finding = caught.value.diagnostics[0]
+    assert (finding.line, finding.column) == (1, 1)
+    assert "policy mine()" in str(caught.value)
+
+
+def test_a_place_of_a_parsed_module_is_found_again() -> None:
+    b = Build()
+    op = b.const()
+    op.location = b.places.location(SOURCE.span(19, 43))
+    again = from_text(to_text(b.module))
+    parsed = next(iter(policy_of(again).body.block.ops))
+    assert b.places.span(parsed).text == "keep sink(4) | recent(8)"
+    assert str(Places({"mine.kvp": SOURCE}).span(parsed)) == "mine.kvp:2:5"
+    assert Places().span(parsed).source.name == "mine.kvp:2:5"
+
+
+@pytest.mark.parametrize("text", ["builtin.module { kv.nothing }", "builtin.module {", "", 'kv.const "1" : !kv.expr<"">'])
+def test_broken_text_is_a_policy_error(text: str) -> None:
+    with pytest.raises((PolicyError, ValueError)):
+        policy_of(from_text(text))

@@ -1,0 +1,121 @@
+"""Broken texts: the code, the place, the words, and that nothing but PolicyError comes out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvcompile.dsl import PolicyError, check, library, load, parse, resolve
+
+HEAD = "policy p(n=4):\n"
+
+# text, code, line, column, a part of the message or hint
+BROKEN = [
+    ("polcy x():\n    keep all\n", "K001", 1, 1, "did you mean `policy`"),
+    ("keep all\n", "K001", 1, 1, "outside a policy"),
+    ("policy x()\n    keep all\n", "K006", 1, 10, "lacks its `:`"),
+    ("policy x():\n", "K006", 1, 11, "no clauses follow"),
+    ("policy x():", "K006", 1, 11, "no clauses follow"),
+    (HEAD + "    keep all\npolicy q():\n", "K006", 3, 11, "no clauses follow"),
+    (HEAD + "    # a comment is no clause\n", "K006", 1, 14, "no clauses follow"),
+    (HEAD + "    keep all:\n        at step\n", "K001", 2, 13, "only headers and prefixes end in one"),
+    (HEAD + "    kep all\n", "K001", 2, 5, "did you mean `keep`"),
+    (HEAD + "    keep sink(n\n    at step\n", "K003", 2, 14, "never closed"),
+    (HEAD + "    keep all\n    score s = mean[q attn\n", "K003", 3, 19, "never closed"),
+    (HEAD + "    keep sink(n]\n    at step\n", "K003", 2, 16, "`)` is due"),
+    (HEAD + "    keep sink(n))\n    at step\n", "K003", 2, 17, "closes nothing"),
+    (HEAD + '    keep span("a)\n', "K003", 2, 15, "not closed on its line"),
+    (HEAD + "    keep top(n) per head\n    at step\n", "K201", 2, 10, "by which score"),
+    (HEAD + "    keep recent(2) | top(n - (1 + 1))\n    at step\n", "K201", 2, 22, "by which score"),
+    (HEAD + "    keep sink(n)\n    else drop\n    at step\n", "K005", 3, 5, "indent it deeper"),
+    (HEAD + "\tkeep all\n", "K004", 2, 1, "spaces"),
+    (HEAD + "    keep all\n  at step\n", "K004", 3, 1, "no block above"),
+    ("   policy p():\n     keep all\n policy q():\n  keep all\n", "K004", 3, 1, "no block above"),
+    (HEAD + "    keep 'a'\n", "K002", 2, 10, "double quotes"),
+    (HEAD + "    keep sink(4) \N{EN DASH} recent(4)\n", "K002", 2, 18, "U+2013 EN DASH"),
+    (HEAD + "    keep sink(4) & recent(4)\n", "K002", 2, 18, "sets are joined by `|`"),
+    (HEAD + "    keep sink(n)\r    at step\n", "K002", 2, 17, "line feed"),
+    (HEAD + "    keep \x00all\n", "K002", 2, 10, "U+0000"),
+    (HEAD + "    score s = \n    keep all\n", "K001", 2, 15, "ends too early"),
+    (HEAD + "    score s = attn attn\n", "K001", 2, 20, "does not belong"),
+    (HEAD + "    state acc\n", "K001", 2, 14, "expected `=`"),
+    (HEAD + "    at\n", "K001", 2, 7, "prefill.end, step"),
+    (HEAD + "    store all fp16\n", "K001", 2, 15, "store SET as FORMAT"),
+    (HEAD + "    on attend acc += 1\n", "K001", 2, 15, "on attend [where CONDITION]:"),
+    (HEAD + "    keep sink(a=1, 2)\n", "K014", 2, 20, "positional"),
+    (HEAD + "    keep sink(a=1, a=2)\n", "K014", 2, 20, "twice"),
+    ("policy p(n):\n    keep all\n", "K001", 1, 11, "NAME(param=default"),
+    ("learn a for b:\n    keep all\n", "K001", 2, 5, "gate, mix, loss, freeze"),
+    ("heads a = rest:\n    keep all\n", "K001", 1, 15, "`heads` line"),
+]
+
+
+@pytest.mark.parametrize(("source", "code", "line", "column", "words"), BROKEN)
+def test_broken_text(source: str, code: str, line: int, column: int, words: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse(source, "p.kvp")
+    found = caught.value.diagnostics[0]
+    assert (found.code, found.line, found.column) == (code, line, column)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(f"p.kvp:{line}:{column}: error[{code}]: ")
+
+
+def test_rendering_is_exact() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse("policy p():\n    keep top(4) per head\n    at step\n", "p.kvp")
+    assert str(caught.value) == (
+        "p.kvp:2:10: error[K201]: `top` does not say by which score\n"
+        " 2 |     keep top(4) per head\n"
+        "   |          ^^^^^^\n"
+        "hint: write `top(n) by SCORE per head`"
+    )
+
+
+def test_long_lines_are_clipped_around_the_caret() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse("policy p():\n    keep " + "sink(4) | " * 500 + "$\n", "p.kvp")
+    lines = str(caught.value).split("\n")
+    assert max(map(len, lines)) < 140
+    assert lines[1][lines[2].index("^")] == "$"
+
+
+def test_control_characters_never_reach_the_terminal() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse("policy p():\n    keep \x1b[31m all\n", "p\x1b.kvp")
+    assert "\x1b" not in str(caught.value)
+
+
+TEXTS = [library.read(name) for name in library.names()]
+PIECES = ["(", ")", "[", "]", ":", "|", "\n", "    ", "\t", ",", "=", "%", "#", '"', "-", "..", "keep", "top(", "by", "else",
+          "at", "9" * 30, "\r", "\x00", "\N{SNOWMAN}", "\ud800", "rest", "of", "if", "policy x():\n"]  # fmt: skip
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> str:
+    """A library text with a few cuts, doublings and insertions."""
+    text = draw(st.sampled_from(TEXTS))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(text)))
+        to = min(len(text), at + draw(st.integers(0, 12)))
+        kind = draw(st.sampled_from(["cut", "insert", "double"]))
+        if kind == "cut":
+            text = text[:at] + text[to:]
+        elif kind == "insert":
+            text = text[:at] + draw(st.sampled_from(PIECES)) + text[at:]
+        else:
+            text = text[:to] + text[at:to] + text[to:]
+    return text
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(mutated())
+def test_only_policy_errors_come_out(text: str) -> None:
+    try:
+        loaded = load(parse(text))
+        for diagnostic in check(resolve(loaded)):
+            assert str(diagnostic)
+            assert 0 <= diagnostic.span.start <= diagnostic.span.end <= len(diagnostic.span.source.text)
+    except PolicyError as error:
+        assert str(error) and error.diagnostics
+        assert all(d.severity == "error" and d.line >= 1 and d.column >= 1 for d in error.diagnostics)
