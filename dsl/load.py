@@ -80,7 +80,7 @@ def _from_library(name: str) -> tuple[ast.File, Path | None, str | None]:
             "a policy text has a line break after its header",
         )
     hint = did_you_mean(name, library.names(), "library policies")
-    if Path(name + ".kvp").is_file():
+    if len(name) <= 100 and Path(name + ".kvp").is_file():
         hint = f"for the file in this folder write `./{name}.kvp`"
     raise fail("K013", f"no policy `{short}` in the library", outside(short), hint)
 

@@ -25,6 +25,7 @@ N = TypeVar("N", bound=ast.Node)
 Values = dict[str, ast.Expr]
 
 _LARGEST = Fraction(10) ** 18
+_GIVE = "give a number, or text such as `10% of prompt`"
 
 
 def bind_params(line: tuple[Loaded, ...], overrides: Mapping[str, object]) -> tuple[Values, set[str]]:
@@ -119,28 +120,31 @@ def _settle(name: str, chosen: Values, values: Values, used: set[str], path: tup
 
 def _expression(name: str, value: object) -> ast.Expr:
     """An override as an expression of the language."""
-    where = outside(f"<{name}={value!r:.60}>")
+    where = outside(f"<{name}>")
     if isinstance(value, str):
-        if not value.strip():
-            raise fail(
-                "K109", f"the value of `{name}` is empty", where, "give a number, or text such as `10% of prompt`"
-            )
-        return parse_value(value, f"<{name}>")
+        if value.strip():
+            return parse_value(value, f"<{name}>")
+        raise fail("K109", f"the value of `{name}` is empty", where, _GIVE)
     if isinstance(value, bool) or not isinstance(value, Real | Decimal):
-        kind = type(value).__name__
-        raise fail("K109", f"`{name}` cannot be a {kind}", where, "give a number, or text such as `10% of prompt`")
+        raise fail("K109", f"`{name}` cannot be a {type(value).__name__}", where, _GIVE)
+    number = _exact(value)
+    if number is None:
+        raise fail("K109", f"the value of `{name}` is no finite number", where, "give a finite number")
+    if abs(number) > _LARGEST or number.denominator > _LARGEST:
+        raise fail("K007", f"the value of `{name}` is too large or too fine to be meant", where, "numbers go up to 1e18")
+    return ast.Number(number, "int" if number.denominator == 1 else "float", span=where)
+
+
+def _exact(value: Real | Decimal) -> Fraction | None:
+    """The number as it is written: 0.1 is 1/10. None for what is not finite."""
     if isinstance(value, Rational):
-        number, kind = (
-            Fraction(int(value.numerator), int(value.denominator)),
-            "int" if value.denominator == 1 else "float",
-        )
-    else:
-        if not math.isfinite(float(value)):
-            raise fail("K109", f"`{name}` is {value}, which is no number of tokens", where, "give a finite number")
-        number, kind = Fraction(str(value)), "float"
-    if abs(number) > _LARGEST:
-        raise fail("K007", f"the value of `{name}` is too large to be meant", where, "numbers go up to 1e18")
-    return ast.Number(number, kind, span=where)  # type: ignore[arg-type]
+        return Fraction(int(value.numerator), int(value.denominator))
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            return None
+        # Beyond this the number is refused anyway, and its exact form would fill memory.
+        return Fraction(value) if abs(value.adjusted()) < 60 else Fraction(10) ** 60
+    return Fraction(str(value)) if math.isfinite(float(value)) else None
 
 
 def _fit(name: str, default: ast.Expr, value: ast.Expr) -> ast.Expr:
@@ -175,8 +179,6 @@ def _fit(name: str, default: ast.Expr, value: ast.Expr) -> ast.Expr:
             where,
             f"write `{float(value.value * 100):g}% of {default.of}`, or a whole number of tokens",
         )
-    if value.kind == "float" and value.value.denominator == 1:
-        return ast.Number(value.value, "int", span=where)
     return value
 
 

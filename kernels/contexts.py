@@ -79,7 +79,9 @@ def _selection(spec: KernelSpec) -> Context:
     floor = tuple(int(x) for x in str(spec.fact("floor")).split("/"))
     start, step, torch_join = _JOIN[join]
     return {
-        "select": {"wanted": f"n{spec.fact('count')}", "fraction": (num, den), "floor": floor} if scope != "none" else None,
+        "select": {"wanted": f"n{spec.fact('count')}", "fraction": (num, den), "floor": floor}
+        if scope != "none"
+        else None,
         "shared": scope == "shared",
         "join": join,
         "join_start": start,
@@ -216,9 +218,7 @@ def _keys(spec: KernelSpec) -> Context:
     formula = _formulas(spec)["formula"]
     reach = {("field", "k"): "kt", ("field", "pos"): "pos_i"}
     hole, whole = (
-        print_hole(
-            "t", formula, reach, layout="id", axes={"d": Axis(size)}, leaf_axes={"kt": "id"}, dialect=dialect
-        )
+        print_hole("t", formula, reach, layout="id", axes={"d": Axis(size)}, leaf_axes={"kt": "id"}, dialect=dialect)
         for dialect, size in ((TRITON, "D"), (TORCH, "HEAD_DIM"))
     )
     return {"formulas": (("score", spell(formula)),), "hole": hole, "whole": whole, "uses": hole.uses}

@@ -125,5 +125,3 @@ def _read_and_grow(plan: PolicyPlan, site: Site, b: int, q: Tensor, scale: float
     read = torch.matmul(p.to(q.dtype), rows.v)
     reference.grow_states(plan, site, replace(rows, attn=p[:, :, None]), order, index)
     return read.flatten(0, 1)
-
-

@@ -59,7 +59,9 @@ class Rows:
             state={name: s[cut] for name, s in self.state.items()},
             k=None if self.k is None else self.k[cut],
             v=None if self.v is None else self.v[cut],
-            queries=None if self.queries is None else {s: Queries(x.q[cut], x.pos[cut]) for s, x in self.queries.items()},
+            queries=None
+            if self.queries is None
+            else {s: Queries(x.q[cut], x.pos[cut]) for s, x in self.queries.items()},
             attn=None if self.attn is None else self.attn[cut],
         )
 
@@ -201,9 +203,7 @@ class _Evaluator:
                 continue
             flat = x[r, ..., order, :].movedim(-2, -1).reshape(-1, 1, len(order))
             pooled = (
-                F.max_pool1d(flat, width, 1, width // 2)
-                if kind == "max"
-                else F.avg_pool1d(flat, width, 1, width // 2)
+                F.max_pool1d(flat, width, 1, width // 2) if kind == "max" else F.avg_pool1d(flat, width, 1, width // 2)
             )
             shape = x[r, ..., order, :].movedim(-2, -1).shape
             x[r, ..., order, :] = pooled.reshape(shape).movedim(-1, -2)

@@ -71,7 +71,9 @@ def query_sources(cls: ClassPlan) -> set[QuerySource]:
     return {n.value[1] for s in cls.selections for n in s.score.walk() if n.op == "evidence"}  # type: ignore[index]
 
 
-def gather_queries(site: Site, b: int, heads: list[int], kv_heads: int, source: QuerySource, fresh: Fresh | None) -> Queries:
+def gather_queries(
+    site: Site, b: int, heads: list[int], kv_heads: int, source: QuerySource, fresh: Fresh | None
+) -> Queries:
     """The queries of a source for some KV heads of sequence b.
 
     `last` reads the ring of newest queries; `peek` the piece's peeked tokens, in the last piece the ring;

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvcompile.kernels.plan import Expr, PolicyPlan, Region
-from kvcompile.kernels.printers import TORCH, TRITON, Axis, Dialect, Printer, Value
+from kvcompile.kernels.printers import TRITON, Axis, Dialect, Printer, Value
 from kvcompile.kernels.stages import Unprintable
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SLACK = 64  # an extent is a multiple of this many slots, so that growth is rare
+from kvcompile.kernels.extent import extent
 
 
 class Clock:
@@ -86,15 +86,6 @@ class Site(NamedTuple):
             pages = self.table[rows][:, (entries // page).clamp(max=self.table.shape[1] - 1)].long()
             return torch.where(alive, pages * page + entries % page, 0)
         return torch.where(alive, self.table[rows, 0][:, None] + entries, 0)
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def extent(entries: int) -> int:
-    """Slots set aside for a row of so many entries: room for one more, in steps of SLACK."""
-    return round_up(entries + 1, SLACK)
 
 
 def make_room(site: Site, row: int, total: int) -> None:

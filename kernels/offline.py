@@ -96,7 +96,9 @@ def _capability(arch: str) -> int:
     return capability
 
 
-def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], cc: int) -> Resources:
+def _compile(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], cc: int
+) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

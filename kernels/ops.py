@@ -26,17 +26,21 @@ class Backend(Protocol):
 
     name: str
 
-    def attend_prefill(
-        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> Tensor: ...
+    def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
     def observe(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, scale: float) -> Tensor: ...
     def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
     def evict_prefill(
-        self, plan: PolicyPlan, cls: int, site: Site, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float
+        self,
+        plan: PolicyPlan,
+        cls: int,
+        site: Site,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        scale: float,
     ) -> None: ...
-    def insert(
-        self, plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: Tensor | None
-    ) -> None: ...
+    def insert(self, plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: Tensor | None) -> None: ...
     def evict_step(self, plan: PolicyPlan, sites: list[Site], scale: float) -> None: ...
 
 
@@ -166,7 +170,11 @@ _library = torch.library.Library("kvc", "FRAGMENT")
 _qkv = "Tensor q, Tensor k, Tensor v"
 _SCHEMAS = {
     "anchor_v1": (f"({_qkv}, Tensor(a!)[] store, float scale, str phase, str site) -> Tensor", _anchor, _like_output),
-    "attend_prefill_v1": (f"({_qkv}, Tensor(a!)[] store, float scale, str site) -> Tensor", _attend_prefill, _like_output),
+    "attend_prefill_v1": (
+        f"({_qkv}, Tensor(a!)[] store, float scale, str site) -> Tensor",
+        _attend_prefill,
+        _like_output,
+    ),
     "attend_step_v1": (f"({_qkv}, Tensor(a!)[] store, float scale, str site) -> Tensor", _attend_step, _like_output),
     "observe_v1": ("(Tensor q, Tensor k, Tensor(a!)[] store, float scale, str site) -> Tensor", _observe, _like_state),
     "insert_v1": (

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from kvcompile.compiled import ATTENTION, INNER, LayerForward, Layers, no_copies
@@ -127,7 +126,9 @@ def optimized(model: nn.Module) -> Optimized:
     """What `optimize` left on a model; an error that says so where it did not run."""
     state = vars(model).get("_kvcompile")
     if state is None:
-        raise KvCompileError(f"this {type(model).__name__} is not optimised: call kvcompile.optimize(model, policy) first")
+        raise KvCompileError(
+            f"this {type(model).__name__} is not optimised: call kvcompile.optimize(model, policy) first"
+        )
     return state  # type: ignore[no-any-return]
 
 
@@ -137,7 +138,9 @@ def _backend(backend: str, model: nn.Module) -> str:
     if backend == "auto":
         return "triton" if next(model.parameters()).device.type == "cuda" else "cpu"
     if backend == "cpu" and next(model.parameters()).device.type != "cpu":
-        raise KvCompileError(f"backend 'cpu' with a model on {next(model.parameters()).device}: use 'triton' or 'reference'")
+        raise KvCompileError(
+            f"backend 'cpu' with a model on {next(model.parameters()).device}: use 'triton' or 'reference'"
+        )
     return backend
 
 
@@ -167,13 +170,19 @@ def _checked_generate(model: nn.Module) -> Any:
         if (option("num_beams") or 1) > 1:
             raise KvCompileError("beam search is not supported yet: it moves sequences between rows; use num_beams=1")
         if kwargs.get("assistant_model") is not None or option("prompt_lookup_num_tokens"):
-            raise KvCompileError("assisted decoding is not supported yet: rejected tokens would need evicted entries back")
+            raise KvCompileError(
+                "assisted decoding is not supported yet: rejected tokens would need evicted entries back"
+            )
         if option("prefill_chunk_size"):
-            raise KvCompileError("prefill_chunk_size is not supported: write `at chunk(n)` in the policy, it cuts the prompt")
+            raise KvCompileError(
+                "prefill_chunk_size is not supported: write `at chunk(n)` in the policy, it cuts the prompt"
+            )
         if option("penalty_alpha"):
             raise KvCompileError("contrastive search is not supported yet: it needs several futures of one cache")
         if option("cache_implementation"):
-            raise KvCompileError(f"cache_implementation={option('cache_implementation')!r} contradicts the policy's own cache")
+            raise KvCompileError(
+                f"cache_implementation={option('cache_implementation')!r} contradicts the policy's own cache"
+            )
         return original(*args, **kwargs)  # type: ignore[operator]
 
     return generate

@@ -6,7 +6,6 @@ source or what the offline compiler says of it. Guarantees: plan and IR are show
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,17 +155,22 @@ def _without_ptx(need: Any) -> dict[str, Any]:
 
 def _show_all(policy: str, model: Path, options: dict[str, Any], as_json: bool) -> None:
     from kvcompile.cli_plan import plan_lines
+    from kvcompile.kernels.choose import specs_for, unprintable
 
     compiled = _compiled(policy, model, options)
     plan = list(plan_lines(compiled.plan))
     passes = [*compiled.modules, GRAPH]
-    names = _kernel_names(compiled.plan)
+    names = [spec.name for spec in specs_for(compiled.plan)]
+    missing = unprintable(compiled.plan)
     if as_json:
-        shared.print_json({"policy": compiled.plan.name, "plan": plan, "passes": passes, "kernels": names})
+        facts = {"plan": plan, "passes": passes, "kernels": names, "without_kernel": missing}
+        shared.print_json({"policy": compiled.plan.name, **facts})
         return
     for source in compiled.resolved.sources:
-        typer.echo(f"# {source.name}{os.linesep}{source.text.rstrip()}{os.linesep}")
+        typer.echo(f"# {source.name}\n{source.text.rstrip()}\n")
     for line in plan:
         typer.echo(line)
-    typer.echo(f"{os.linesep}passes (--after NAME): {', '.join(passes)}")
+    typer.echo(f"\npasses (--after NAME): {', '.join(passes)}")
     typer.echo(f"kernels (--kernel NAME): {', '.join(names) or 'none'}")
+    for reason in missing:
+        typer.echo(f"no Triton kernel yet: {reason}")

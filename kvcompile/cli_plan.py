@@ -24,7 +24,8 @@ def plan_lines(plan: PolicyPlan) -> Iterator[str]:
     )
     pieces = f"pieces of {plan.chunk} tokens" if plan.chunk else "one piece"
     yield f"prompt in {pieces}" + (f", the last {plan.peek} tokens run along with each" if plan.peek else "")
-    yield f"pages of {plan.page} tokens; scores ask for the {plan.query_window} newest queries"
+    asked = f"; scores ask for the {plan.query_window} newest queries" if plan.query_window else ""
+    yield f"pages of {plan.page} tokens{asked}"
     for index, cls in enumerate(plan.classes):
         yield f"class {cls.name}: {plan.class_size(index)} KV heads, {_layers(plan, index)}"
         yield from (f"  {line}" for line in _class_lines(plan, cls))

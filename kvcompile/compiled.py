@@ -55,7 +55,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: one anchor operator a site. Returns [batch, n, q_heads, head_dim]."""
     if kvc is None:
-        raise KvCompileError("an optimised model's layers run only inside the model's own forward: call the model itself")
+        raise KvCompileError(
+            "an optimised model's layers run only inside the model's own forward: call the model itself"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site)
     return out, None

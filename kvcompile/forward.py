@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,9 @@ from kvcompile.compiled import Call, Layers, no_copies
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
-from kvcompile.reserve import row_bounds
+from kvcompile.reserve import reserve_prefill
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
-from kvcompile.store import PagedStore
 from kvcompile.stub import StubCache
 
 
@@ -129,20 +128,18 @@ class OptimizedForward:
         count = max(1, max(-(-len(c) // size) for c in columns))
         aligned = count == 1 and all(c == list(range(tokens.shape[1] - len(c), tokens.shape[1])) for c in columns)
         if not aligned and kwargs.get("output_hidden_states"):
-            raise KvCompileError("output_hidden_states is not supported for prompts that are cut or padded on the right")
+            raise KvCompileError(
+                "output_hidden_states is not supported for prompts that are cut or padded on the right"
+            )
         last_only = isinstance(keep, int) and keep == 1
         logits: Tensor | None = None
-        for j in range(count):
-            parts = [c[j * size : (j + 1) * size] for c in columns]
-            ends = [bool(p) and (j + 1) * size >= len(c) for p, c in zip(parts, columns, strict=True)]
-            peeks = [c[-plan.peek :] if plan.peek and p and not e else [] for c, p, e in zip(columns, parts, ends, strict=True)]
-            pieces = [Piece(len(p), len(w), e) for p, w, e in zip(parts, peeks, ends, strict=True)]
-            width = max(p.new + p.peek for p in pieces)
-            both = [p + w for p, w in zip(parts, peeks, strict=True)]
+        cuts = [_cut(columns, j * size, size, plan.peek) for j in range(count)]
+        reserve_prefill(cache, [cut.pieces for cut in cuts])
+        for parts, both, pieces in cuts:
+            ends = [p.ends for p in pieces]
+            width = tokens.shape[1] if aligned else max(p.new + p.peek for p in pieces)
             positions = _positions(cache, pieces, width, tokens.device)
             piece = tokens if aligned else gather_columns(tokens, both, width)
-            if aligned:
-                positions = _positions(cache, pieces, tokens.shape[1], tokens.device)
             phase = "prefill.end" if any(ends) else "chunk"
             wanted = keep if aligned else int(last_only)
             output = self._run(piece, positions, pieces, phase, cache, wanted, kwargs, name)
@@ -165,7 +162,8 @@ class OptimizedForward:
         engine, store, sequences = self.engine, cache.store, cache.sequences
         clock, counts = sequences.numbers(pieces)
         fires = sequences.fires(pieces, store.lengths() if _asks_length(engine.plan) else None)
-        _reserve(engine.plan, cache, pieces, phase, counts, fires)
+        if phase == "step":
+            store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
         for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
             target.copy_(source, non_blocking=True)
         cache.run.before(pieces, store.lengths(), tokens.shape[1])
@@ -202,29 +200,21 @@ def _positions(cache: KvCache, pieces: list[Piece], width: int, device: torch.de
     return torch.where(offset >= 0, start + offset, 0).to(device)
 
 
-def _reserve(
-    plan: PolicyPlan, cache: KvCache, pieces: list[Piece], phase: str, counts: Tensor, fires: Tensor
-) -> None:
-    store = cache.store
-    if phase == "step":
-        store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
-        return
-    lengths = store.lengths().tolist()
-    for layer in range(plan.facts.layers):
-        bounds = list[int]()
-        for b, piece in enumerate(pieces):
-            row = [0] * plan.facts.kv_heads
-            for cls in plan.site_classes(layer):
-                heads = plan.heads(layer, cls)
-                held = [lengths[layer][b][h] for h in heads]
-                numbers = counts[layer, :, b].tolist()
-                got = row_bounds(plan, plan.classes[cls], held, piece.new, bool(fires[cls, b]), numbers)
-                for h, bound in zip(heads, got, strict=True):
-                    row[h] = bound
-            bounds += row
-        store.reserve(layer, bounds)
-    if isinstance(store, PagedStore):
-        store.commit()
+class _Cut(NamedTuple):
+    """One piece of a prompt: its real columns, the same with peeked ones, and what that makes of each sequence."""
+
+    parts: Columns
+    both: Columns
+    pieces: list[Piece]
+
+
+def _cut(columns: Columns, start: int, size: int, peek: int) -> _Cut:
+    """Each sequence's tokens start..start+size-1, counted from its own first; its last tokens run along unless it ends."""
+    parts = [c[start : start + size] for c in columns]
+    ends = [bool(p) and start + size >= len(c) for p, c in zip(parts, columns, strict=True)]
+    tails = [c[-peek:] if peek and p and not e else [] for c, p, e in zip(columns, parts, ends, strict=True)]
+    pieces = [Piece(len(p), len(t), e) for p, t, e in zip(parts, tails, ends, strict=True)]
+    return _Cut(parts, [p + t for p, t in zip(parts, tails, strict=True)], pieces)
 
 
 def _keep(logits: Tensor, keep: int | Tensor) -> Tensor:

@@ -5,8 +5,43 @@ An upper bound from the plan and the host's counts; the run-time answer to `pass
 
 from __future__ import annotations
 
-from kvcompile.kernels.layout import SLACK
+import copy
+
+import torch
+
+from kvcompile.cache import KvCache
+from kvcompile.kernels.extent import SLACK
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection
+from kvcompile.sequences import Piece
+from kvcompile.store import PagedStore
+
+
+def reserve_prefill(cache: KvCache, forwards: list[list[Piece]]) -> None:
+    """Make room for a whole prefill before its first piece, so that no pool grows between pieces.
+
+    forwards: what each forward brings to each sequence. Walks them ahead on a copy of the host's account.
+    """
+    plan, store = cache.plan, cache.store
+    ahead = cache.sequences.ahead()
+    lengths = store.lengths().tolist()
+    most = copy.deepcopy(lengths)
+    for pieces in forwards:
+        _, counts = ahead.numbers(pieces)
+        fires = ahead.fires(pieces, None)
+        for layer, b in ((layer, b) for layer in range(plan.facts.layers) for b in range(len(pieces))):
+            numbers = counts[layer, :, b].tolist()
+            for cls in plan.site_classes(layer):
+                heads = plan.heads(layer, cls)
+                held = [lengths[layer][b][h] for h in heads]
+                bounds = row_bounds(plan, plan.classes[cls], held, pieces[b].new, bool(fires[cls, b]), numbers)
+                for h, bound in zip(heads, bounds, strict=True):
+                    lengths[layer][b][h] = bound
+                    most[layer][b][h] = max(most[layer][b][h], bound)
+        ahead.advance(pieces, fires)
+    for layer, rows in enumerate(most):
+        store.reserve(layer, torch.tensor(rows).flatten().tolist())
+    if isinstance(store, PagedStore):
+        store.commit()
 
 
 def row_bounds(

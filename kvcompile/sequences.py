@@ -5,6 +5,7 @@ Everything here follows from token counts alone, so nothing is ever read back fr
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,12 @@ class Sequences:
     def __init__(self, plan: PolicyPlan, batch: int) -> None:
         self.plan = plan
         self.each = [Progress() for _ in range(batch)]
+
+    def ahead(self) -> Sequences:
+        """A copy to walk ahead on."""
+        other = Sequences(self.plan, 0)
+        other.each = copy.deepcopy(self.each)
+        return other
 
     def begin_prefill(self, new: list[int]) -> None:
         """A prefill of so many tokens per sequence starts; `prompt` is from now on what it will be."""

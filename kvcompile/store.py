@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.layout import Clock, Site, extent, repack
+from kvcompile.kernels.extent import extent
+from kvcompile.kernels.layout import Clock, Site, repack
 from kvcompile.kernels.plan import PolicyPlan
 
 _POOLS = ("k", "v", "pos", "frozen", "state")

@@ -61,7 +61,9 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
     return [
         m
         for m in layer.modules()
-        if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "scaling") and hasattr(m, "num_key_value_groups")
+        if isinstance(getattr(m, "layer_idx", None), int)
+        and hasattr(m, "scaling")
+        and hasattr(m, "num_key_value_groups")
     ]
 
 

@@ -315,14 +315,59 @@ def test_verify_fails_where_a_backend_is_wrong(
     assert code == 1 and "DIFFERS" in out and "layer 0 head 0 at the end" in out and "1 differ" in out
 
 
-def test_inspect_shows_each_stage(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    arguments = ["inspect", "snapkv", "--model", folder, "--set", "budget=16", "--set", "observe=4"]
+SNAPKV = ["--set", "budget=16", "--set", "observe=4"]
+
+
+def test_inspect_shows_plan_and_passes(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    arguments = ["inspect", "snapkv", "--model", folder, *SNAPKV]
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
-    assert "freeze" in out
+    assert "keep top(12) by maxpool(mean[g] sum[q] attn[q in last(4)], 7) per head" in out
+    assert "passes (--after NAME): lower, bind, budgets, schedule, memory, graph" in out
     code, out, _ = run(capsys, *arguments, "--after", "bind")
-    assert code == 0 and "kv." in out
+    assert code == 0 and "kv.site 1" in out
+    code, out, _ = run(capsys, *arguments, "--after", "lower", "--json")
+    assert code == 0 and list(json.loads(out)) == ["lower"]
     code, _, err = run(capsys, *arguments, "--after", "bnid")
-    assert code == 1 and "bind" in err
-    code, _, err = run(capsys, *arguments, "--kernel", "no_such_kernel")
-    assert code == 1 and "no_such_kernel" in err
+    assert code == 1 and "no such pass" in err and "bind" in err
+
+
+def test_inspect_shows_the_graph(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    code, out, err = run(capsys, "inspect", "streaming", "--model", folder, "--after", "graph")
+    assert code == 0, err
+    assert "evict" in out
+
+
+def test_kernels_are_listed_and_shown(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVC_CACHE", str(tmp_path))
+    code, out, err = run(capsys, "kernels")
+    assert (code, out) == (0, "") and "no kernels" in err
+    code, out, err = run(capsys, "kernels", "snapkv", "--model", folder, *SNAPKV, "--json")
+    assert code == 0, err
+    files = json.loads(out)
+    name = next(key for key in files if key.startswith("decode"))
+    code, out, _ = run(capsys, "inspect", "snapkv", "--model", folder, *SNAPKV, "--kernel", name)
+    assert code == 0 and out.rstrip() == Path(files[name]).read_text().rstrip()
+    compile(out, name, "exec")
+    code, _, err = run(capsys, "inspect", "snapkv", "--model", folder, *SNAPKV, "--kernel", "no_such_kernel")
+    assert code == 1 and "no_such_kernel" in err and name in err
+    code, out, _ = run(capsys, "kernels")
+    assert code == 0 and str(files[name]) in out
+
+
+@pytest.mark.slow
+def test_inspect_says_what_a_kernel_needs(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for a GPU that is not here, in a process of its own."""
+    monkeypatch.setenv("KVC_CACHE", str(tmp_path))
+    arguments = ["inspect", "streaming", "--model", folder, "--backend", "reference"]
+    plan = json.loads(run(capsys, *arguments, "--json")[1])
+    name = next(key for key in plan["kernels"] if key.startswith("decode"))
+    code, out, err = run(capsys, *arguments, "--kernel", name, "--arch", "sm_90")
+    assert code == 0, err
+    assert "sm_90" in out and "registers" in out and "shared" in out
+    code, _, err = run(capsys, *arguments, "--kernel", name, "--arch", "sm_1")
+    assert code == 1 and "sm_1" in err

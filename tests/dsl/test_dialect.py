@@ -11,7 +11,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from kvcompile.dsl import PolicyError
 from kvcompile.dsl import dialect as kv
-from kvcompile.dsl.dialect_policy import ClassOp, HeadsOp, PolicyOp, ScheduleOp, SiteOp, StateOp, UnitOp
+from kvcompile.dsl.dialect_policy import KV, ClassOp, HeadsOp, PolicyOp, ScheduleOp, SiteOp, StateOp, UnitOp
 from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, TopOp, TriggerAttr, UnionOp
 from kvcompile.dsl.module import Places, from_text, policy_of, to_text, verify
 from kvcompile.dsl.source import Source
@@ -112,10 +112,7 @@ def test_every_operation_survives_the_text() -> None:
     assert again.is_structurally_equivalent(module)
     assert to_text(again) == text
     assert 'loc("mine.kvp":2:5)' in text
-    known = {op.name for op in module.walk()}
-    from kvcompile.dsl.dialect_policy import KV
-
-    assert {op.name for op in KV.operations} <= known
+    assert {op.name for op in KV.operations} <= {op.name for op in module.walk()}
 
 
 @pytest.mark.parametrize(
@@ -123,11 +120,12 @@ def test_every_operation_survives_the_text() -> None:
     [
         ('"mean" over "g"', '"mean" over "d"', "no axis 'd' in 'gi'"),
         ('kv.reduce "sum" over "q"', 'kv.reduce "product" over "q"', "unknown reduction"),
-        ('-> !kv.expr<"gi">', '-> !kv.expr<"gqi">', "its operands give 'gi'"),
+        ('"forward" 0 : !kv.expr<"gqi">', '"forward" 0 : !kv.expr<"gi">', "its operands give 'gqi'"),
+        ('-> !kv.expr<"gi">', '-> !kv.expr<"gqi">', "previously used or defined with type"),
         ('kv.pool "max" 7', 'kv.pool "max" 6', "not odd"),
         ('kv.scalar "prompt"', 'kv.scalar "weather"', "unknown run-time number"),
         ('kv.const "1/10"', 'kv.const "a tenth"', "not an exact number"),
-        ('kv.field "k" : !kv.expr<"id">', 'kv.field "k" : !kv.expr<"i">', "its operands give 'id'"),
+        ('kv.field "k"', 'kv.field "knee"', "unknown field"),
         ('over "forward" 0', 'over "forward" 3', "'forward' takes 0"),
         ('over "peek" 3', 'over "peek" 0', "'forward' takes 0"),
         ('share "pyramid" "20"', 'share "pyramid" "1/2"', "at least 1"),

@@ -1,0 +1,18 @@
+builtin.module {
+  kv.policy @adakv digest "40dd31ad65ace104" {
+    %0 = kv.const "64" : !kv.expr<""> loc("library/adakv.kvp":3:17)
+    %1 = kv.count "observe" %0 loc("library/adakv.kvp":3:17)
+    %2 = kv.region "recent" count %1 loc("library/adakv.kvp":3:10)
+    %3 = kv.evidence "attn" over "last" 64 : !kv.expr<"gqi"> loc("library/snapkv.kvp":3:55)
+    %4 = kv.reduce "sum" over "q" %3 : !kv.expr<"gqi"> -> !kv.expr<"gi"> loc("library/snapkv.kvp":3:31)
+    %5 = kv.reduce "mean" over "g" %4 : !kv.expr<"gi"> -> !kv.expr<"i"> loc("library/snapkv.kvp":3:23)
+    %6 = kv.pool "max" 7 %5 : !kv.expr<"i"> -> !kv.expr<"i"> loc("library/snapkv.kvp":3:15)
+    %7 = kv.const "2048" : !kv.expr<""> loc("library/adakv.kvp":3:32)
+    %8 = kv.binary "-" %7, %0 : !kv.expr<"">, !kv.expr<""> -> !kv.expr<""> loc("library/adakv.kvp":3:32)
+    %9 = kv.count "budget - observe" %8 loc("library/adakv.kvp":3:32)
+    %10 = kv.top "top" by %6 count %9 scope "across" floor "1/5" : !kv.expr<"i"> loc("library/adakv.kvp":3:28)
+    %11 = kv.union %2, %10 loc("library/adakv.kvp":3:10)
+    kv.class @all loc("library/adakv.kvp":3:5)
+    kv.keep %11 for @all at [#kv.trigger<"prefill.end", 0, "">] loc("library/adakv.kvp":3:5)
+  } loc("library/adakv.kvp":2:1)
+} loc(unknown)

@@ -1,0 +1,16 @@
+builtin.module {
+  kv.policy @keydiff digest "9569d6fd1c1af176" {
+    %0 = kv.field "k" : !kv.expr<"id"> loc("library/keydiff.kvp":3:20)
+    %1 = kv.unary "norm" %0 : !kv.expr<"id"> -> !kv.expr<"i"> loc("library/keydiff.kvp":3:36)
+    %2 = kv.binary "/" %0, %1 : !kv.expr<"id">, !kv.expr<"i"> -> !kv.expr<"id"> loc("library/keydiff.kvp":3:32)
+    %3 = kv.reduce "mean" over "i" %2 : !kv.expr<"id"> -> !kv.expr<"d"> loc("library/keydiff.kvp":3:23)
+    %4 = kv.pair "cos" %0, %3 : !kv.expr<"id">, !kv.expr<"d"> -> !kv.expr<"i"> loc("library/keydiff.kvp":3:16)
+    %5 = kv.unary "neg" %4 : !kv.expr<"i"> -> !kv.expr<"i"> loc("library/keydiff.kvp":3:15)
+    %6 = kv.const "2048" : !kv.expr<""> loc("library/keydiff.kvp":4:14)
+    %7 = kv.count "budget" %6 loc("library/keydiff.kvp":4:14)
+    %8 = kv.top "top" by %5 count %7 scope "head" : !kv.expr<"i"> loc("library/keydiff.kvp":4:10)
+    %9 = kv.union %8 loc("library/keydiff.kvp":4:10)
+    kv.class @all loc("library/keydiff.kvp":4:5)
+    kv.keep %9 for @all at [#kv.trigger<"prefill.end", 0, "">] loc("library/keydiff.kvp":4:5)
+  } loc("library/keydiff.kvp":2:1)
+} loc(unknown)

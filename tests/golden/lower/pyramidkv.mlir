@@ -1,0 +1,18 @@
+builtin.module {
+  kv.policy @pyramidkv digest "98cb80d12b962b4d" {
+    %0 = kv.const "64" : !kv.expr<""> loc("library/pyramidkv.kvp":4:17)
+    %1 = kv.count "observe" %0 loc("library/pyramidkv.kvp":4:17)
+    %2 = kv.region "recent" count %1 loc("library/pyramidkv.kvp":4:10)
+    %3 = kv.evidence "attn" over "last" 64 : !kv.expr<"gqi"> loc("library/snapkv.kvp":3:55)
+    %4 = kv.reduce "sum" over "q" %3 : !kv.expr<"gqi"> -> !kv.expr<"gi"> loc("library/snapkv.kvp":3:31)
+    %5 = kv.reduce "mean" over "g" %4 : !kv.expr<"gi"> -> !kv.expr<"i"> loc("library/snapkv.kvp":3:23)
+    %6 = kv.pool "max" 7 %5 : !kv.expr<"i"> -> !kv.expr<"i"> loc("library/snapkv.kvp":3:15)
+    %7 = kv.const "2048" : !kv.expr<""> loc("library/pyramidkv.kvp":3:15)
+    %8 = kv.binary "-" %7, %0 : !kv.expr<"">, !kv.expr<""> -> !kv.expr<""> loc("library/pyramidkv.kvp":3:15)
+    %9 = kv.count "b" %8 share "pyramid" "20" loc("library/pyramidkv.kvp":4:32)
+    %10 = kv.top "top" by %6 count %9 scope "head" : !kv.expr<"i"> loc("library/pyramidkv.kvp":4:28)
+    %11 = kv.union %2, %10 loc("library/pyramidkv.kvp":4:10)
+    kv.class @all loc("library/pyramidkv.kvp":4:5)
+    kv.keep %11 for @all at [#kv.trigger<"prefill.end", 0, "">] loc("library/pyramidkv.kvp":4:5)
+  } loc("library/pyramidkv.kvp":2:1)
+} loc(unknown)

@@ -1,0 +1,17 @@
+builtin.module {
+  kv.policy @snapkv_chunked digest "21ceb3d1c429ba21" {
+    %0 = kv.region "frozen" loc("library/snapkv_chunked.kvp":4:10)
+    %1 = kv.evidence "attn" over "peek" 64 : !kv.expr<"gqi"> loc("library/snapkv_chunked.kvp":3:55)
+    %2 = kv.reduce "sum" over "q" %1 : !kv.expr<"gqi"> -> !kv.expr<"gi"> loc("library/snapkv_chunked.kvp":3:31)
+    %3 = kv.reduce "mean" over "g" %2 : !kv.expr<"gi"> -> !kv.expr<"i"> loc("library/snapkv_chunked.kvp":3:23)
+    %4 = kv.pool "max" 7 %3 : !kv.expr<"i"> -> !kv.expr<"i"> loc("library/snapkv_chunked.kvp":3:15)
+    %5 = kv.const "3/10" : !kv.expr<""> loc("library/snapkv_chunked.kvp":4:23)
+    %6 = kv.scalar "chunk" : !kv.expr<""> loc("library/snapkv_chunked.kvp":4:23)
+    %7 = kv.binary "*" %5, %6 : !kv.expr<"">, !kv.expr<""> -> !kv.expr<""> loc("library/snapkv_chunked.kvp":4:23)
+    %8 = kv.count "ratio of chunk" %7 loc("library/snapkv_chunked.kvp":4:23)
+    %9 = kv.top "top" by %4 count %8 scope "head" observed 64 : !kv.expr<"i"> loc("library/snapkv_chunked.kvp":4:19)
+    %10 = kv.union %0, %9 loc("library/snapkv_chunked.kvp":4:10)
+    kv.class @all loc("library/snapkv_chunked.kvp":4:5)
+    kv.keep %10 for @all at [#kv.trigger<"chunk", 8192, "">] loc("library/snapkv_chunked.kvp":4:5)
+  } loc("library/snapkv_chunked.kvp":2:1)
+} loc(unknown)
