@@ -21,6 +21,16 @@ def _ignore(_: Diagnostic) -> None:
     """Findings of an expression that is typed twice are reported once."""
 
 
+def _cycles_to(report: Report) -> Report:
+    """Only findings about cycles pass: they show nowhere but on the way through several scores."""
+
+    def forward(diagnostic: Diagnostic) -> None:
+        if diagnostic.code == "K108":
+            report(diagnostic)
+
+    return forward
+
+
 @dataclass(slots=True)
 class Env:
     """What names mean. `known` maps states, landmarks, shares and local names to their open axes, `scores` the
@@ -101,7 +111,7 @@ def _name(expr: ast.Name, env: Env) -> str | None:
                 env, "K108", f"scores are defined by each other: {cycle}", expr, "let one of them stand on its own"
             )
         # The score's own clause reports what is wrong inside it.
-        inner = Env(env.known, env.scores, env.units, _ignore, [*env._open, expr.id])
+        inner = Env(env.known, env.scores, env.units, _cycles_to(env.report), [*env._open, expr.id])
         return axes_of(env.scores[expr.id], inner)
     if expr.id in words.FIELDS:
         return words.FIELDS[expr.id]

@@ -54,7 +54,7 @@ class Builder:
         start = getattr(part.meta, "start_pos", None)
         return self.source.span(start or 0, getattr(part.meta, "end_pos", start) or 0)
 
-    # ---------------------------------------------------------------- helpers
+    # ---------------------------------------------------------------- common to all rules
 
     def _nodes(self, parts: list[Part]) -> Iterator[Any]:
         return (self.build(part) for part in parts if isinstance(part, Tree))

@@ -8,6 +8,8 @@ from kvcompile.dsl.context import Context, SetClause, constant
 from kvcompile.dsl.diagnostics import did_you_mean, finding
 from kvcompile.dsl.resolve import Placed
 
+_Time = tuple[type, tuple[ast.Prefix, ...], tuple[ast.Trigger, ...]]  # what is set, for whom, when
+
 
 def check_time(context: Context) -> None:
     """Every `at`, then every set with its triggers, then the policy as a whole."""
@@ -20,7 +22,7 @@ def check_time(context: Context) -> None:
                 context.say(
                     "K306", "no set stands above this `at`", placed.clause, "move it below the sets that it times"
                 )
-    seen: list[tuple[Placed, SetClause]] = []
+    seen: set[_Time] = set()
     for placed, clause in context.sets():
         _untimed(context, placed, clause)
         _queries(context, placed, clause)
@@ -138,16 +140,12 @@ def _rejudged(context: Context, placed: Placed, clause: ast.Keep) -> None:
         )
 
 
-def _twice(context: Context, seen: list[tuple[Placed, SetClause]], placed: Placed, clause: SetClause) -> None:
-    for other, earlier in seen:
-        same = type(earlier) is type(clause) and other.prefixes == placed.prefixes and other.triggers == placed.triggers
-        if same:
-            verb = type(clause).__name__.lower()
-            context.say(
-                "K106", f"a second `{verb}` for the same heads, layers and time", clause, "join the sets by `|`"
-            )
-            return
-    seen.append((placed, clause))
+def _twice(context: Context, seen: set[_Time], placed: Placed, clause: SetClause) -> None:
+    time = type(clause), placed.prefixes, placed.triggers
+    if time in seen:
+        verb = type(clause).__name__.lower()
+        context.say("K106", f"a second `{verb}` for the same heads, layers and time", clause, "join the sets by `|`")
+    seen.add(time)
 
 
 def _grows(context: Context) -> None:

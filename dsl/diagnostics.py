@@ -84,7 +84,7 @@ def render(diagnostic: Diagnostic) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word most like `word`, or an empty string when none is close."""
-    close = difflib.get_close_matches(word.lower(), sorted(set(known)), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower()[:80], sorted(set(known))[:500], n=1, cutoff=0.6)
     return close[0] if close else ""
 
 

@@ -24,7 +24,8 @@ from kvcompile.dsl.source import Span
 N = TypeVar("N", bound=ast.Node)
 Values = dict[str, ast.Expr]
 
-_LARGEST = Fraction(10) ** 18
+_LARGEST = 10**18
+_FINEST = 10**40
 _GIVE = "give a number, or text such as `10% of prompt`"
 
 
@@ -130,8 +131,10 @@ def _expression(name: str, value: object) -> ast.Expr:
     number = _exact(value)
     if number is None:
         raise fail("K109", f"the value of `{name}` is no finite number", where, "give a finite number")
-    if abs(number) > _LARGEST or number.denominator > _LARGEST:
-        raise fail("K007", f"the value of `{name}` is too large or too fine to be meant", where, "numbers go up to 1e18")
+    if abs(number) > _LARGEST or number.denominator > _FINEST:
+        raise fail(
+            "K007", f"the value of `{name}` is too large or too fine to be meant", where, "numbers go up to 1e18"
+        )
     return ast.Number(number, "int" if number.denominator == 1 else "float", span=where)
 
 

@@ -115,20 +115,22 @@ def resolve(loaded: Loaded, params: Mapping[str, object] | None = None) -> Resol
 def _place(flat: list[Flat]) -> list[Placed]:
     """Give each set clause the triggers of its `at`: the next one below whose prefixes enclose the clause,
     or the policy's only one wherever it stands (rule 7)."""
-    ats = [(i, f.prefixes, f.clause) for i, f in enumerate(flat) if isinstance(f.clause, ast.At)]
-
-    def governing(index: int, prefixes: tuple[ast.Prefix, ...]) -> tuple[ast.Trigger, ...]:
-        if len(ats) == 1:
-            return ats[0][2].triggers
-        below = (at for i, outer, at in ats if i > index and prefixes[: len(outer)] == outer)
-        found = next(below, None)
-        return found.triggers if found is not None else ()
-
-    sets = (ast.Keep, ast.Attend, ast.Store, ast.Pick)
-    return [
-        Placed(f.clause, f.prefixes, governing(i, f.prefixes) if isinstance(f.clause, sets) else ())
-        for i, f in enumerate(flat)
-    ]
+    ats = [f.clause for f in flat if isinstance(f.clause, ast.At)]
+    below: dict[tuple[ast.Prefix, ...], tuple[int, ast.At]] = {}
+    out: list[Placed] = []
+    for index in range(len(flat) - 1, -1, -1):
+        clause, prefixes = flat[index].clause, flat[index].prefixes
+        triggers: tuple[ast.Trigger, ...] = ()
+        if isinstance(clause, ast.At):
+            below[prefixes] = index, clause
+        elif isinstance(clause, ast.Keep | ast.Attend | ast.Store | ast.Pick):
+            enclosing = [below[prefixes[:n]] for n in range(len(prefixes) + 1) if prefixes[:n] in below]
+            if len(ats) == 1:
+                triggers = ats[0].triggers
+            elif enclosing:
+                triggers = min(enclosing, key=lambda found: found[0])[1].triggers
+        out.append(Placed(clause, prefixes, triggers))
+    return out[::-1]
 
 
 def _heads_in_scope(line: tuple[Loaded, ...], placed: list[Placed]) -> tuple[HeadClass, ...]:

@@ -38,13 +38,17 @@ def head_mask_attention(
     Query [batch, heads, n, channels], key and value with KV heads; returns [batch, n, heads, channels].
     A window of `local_width - SINK` counts the query itself.
     """
-    n = query.shape[2]
-    position = torch.arange(n)
-    causal = position[None, :] <= position[:, None]
-    near = (position[None, :] > position[:, None] - (local_width - SINK)) | (position[None, :] < SINK)
-    local = local_heads[module.layer_idx].repeat_interleave(query.shape[1] // key.shape[1])
-    mask = causal & (near | ~local[:, None, None])
-    out = functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    local = local_heads[module.layer_idx]
+    if not local.any():
+        mask = None
+    else:
+        position = torch.arange(query.shape[2])
+        causal = position[None, :] <= position[:, None]
+        near = (position[None, :] > position[:, None] - (local_width - SINK)) | (position[None, :] < SINK)
+        mask = causal & (near | ~local.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None])
+    out = functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scaling, is_causal=mask is None, enable_gqa=True
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

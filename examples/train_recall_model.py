@@ -110,31 +110,20 @@ def batch(rng: random.Random, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]
     return ids, torch.tensor([weights for _, weights in texts])
 
 
-def step(
-    model: LlamaForCausalLM, hint: torch.nn.Linear, ids: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """The loss of a step, and the share of answers (the words of weight `data.ANSWER`) that came out right.
-
-    Besides the weighted loss of the next word there is a hint: after the first layer, `hint` must read from a
-    fact's name the colour two words before it. Recall needs both halves, that and finding the name again, and
-    neither pays alone, which is why without the hint most seeds stay stuck; `hint` is thrown away afterwards.
-    """
-    out = model(ids, use_cache=False, output_hidden_states=True)
-    logits, target, weight = out.logits[:, :-1], ids[:, 1:], weights[:, 1:]
+def step(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The weighted loss, and the share of answers (the words of weight `data.ANSWER`) that came out right."""
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    target, weight = ids[:, 1:], weights[:, 1:]
     loss = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
     answers = weight == data.ANSWER
     right = (logits.argmax(-1) == target)[answers].float().mean().item()
-    told = ids[:, 1:-1] == data.INDEX["suits"]
-    hinted = functional.cross_entropy(hint(out.hidden_states[1][:, 2:][told]), ids[:, :-2][told])
-    return (loss * weight).sum() / weight.sum() + hinted, right
+    return (loss * weight).sum() / weight.sum(), right
 
 
 def train(seed: int, show: Callable[[Stage, int, float, float], None]) -> LlamaForCausalLM | None:
     """A trained model, or None if this seed did not learn to recall. `show(stage, step, loss, accuracy)` is told."""
     model, rng = new_model(seed), random.Random(f"train {seed}")
-    hint = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
-    learned = [*model.parameters(), *hint.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     done = 0
     for stage in CURRICULUM:
         recent, reached = [], False
@@ -142,10 +131,10 @@ def train(seed: int, show: Callable[[Stage, int, float, float], None]) -> LlamaF
             done += 1
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * stage.rate * min(1.0, done / WARM_UP)
-            loss, right = step(model, hint, *batch(rng, stage))
+            loss, right = step(model, *batch(rng, stage))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             recent = [*recent[-(LOOK_EVERY - 1) :], right]
             if i % LOOK_EVERY == 0:

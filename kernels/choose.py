@@ -7,13 +7,14 @@ listed by `unprintable`, with the class it concerns; nothing is left out silentl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 
 from kvcompile.kernels.contexts import context
 from kvcompile.kernels.holes import region_text, spell
 from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, Region, Selection, StatePlan
 from kvcompile.kernels.spec import Hole, KernelSpec
-from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, reduction
+from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, open_axes, reduction
 
 _STEP = ("step", "every", "filled", "full")
 _PREFILL = ("prefill.end", "chunk")
@@ -102,6 +103,9 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
 
 
 def _state_tile(state: StatePlan, add: Expr) -> Tile:
+    if "q" in open_axes(add):  # states grow query by query, so a forward adds the sum
+        closed = Expr("reduce", (add,), ("mean", "g")) if "g" in open_axes(add) else add
+        add = Expr("reduce", (closed,), ("sum", "q"))
     parts = cut(add)
     if not parts.is_tile or parts.heads or parts.tiles[0].kind == "key":
         raise Unprintable(f"state {state.name} += {spell(add)} is not one sum over attention")
@@ -311,10 +315,12 @@ def specs_for(plan: PolicyPlan, logits: str = "fp32") -> tuple[KernelSpec, ...]:
         except Unprintable:
             continue  # listed by `unprintable`
     names = [spec.name for spec in found]
-    return tuple(
-        spec if names.count(spec.name) == 1 else KernelSpec(spec.template, spec.facts, spec.holes, f"{spec.tag}_{spec.digest()[:6]}")
-        for spec in found
-    )  # fmt: skip
+    return tuple(spec if names.count(spec.name) == 1 else _renamed(spec) for spec in found)
+
+
+def _renamed(spec: KernelSpec) -> KernelSpec:
+    """Two formulas under one name: the digest sets them apart."""
+    return replace(spec, tag="_".join(part for part in (spec.tag, spec.digest()[:6]) if part))
 
 
 def unprintable(plan: PolicyPlan, logits: str = "fp32") -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import TORCH, TRITON, Axis
-from kvcompile.kernels.signatures import offline
+from kvcompile.kernels.signatures import offline_lines
 from kvcompile.kernels.spec import KernelSpec
 
 Context = dict[str, Any]
@@ -21,7 +21,7 @@ OVERRUN = "-1073741824"
 def context(spec: KernelSpec) -> Context:
     """The template's names beside the facts; `formulas` are the lines of the header."""
     made = _CONTEXTS[spec.template](spec)
-    return {"formulas": (), "log2e": LOG2E, "overrun": OVERRUN, "offline": offline(spec), **made}
+    return {"formulas": (), "log2e": LOG2E, "overrun": OVERRUN, "offline": offline_lines(spec), **made}
 
 
 def _formulas(spec: KernelSpec) -> dict[str, Expr]:
@@ -78,10 +78,9 @@ def _selection(spec: KernelSpec) -> Context:
     num, den = (int(x) for x in str(spec.fact("fraction")).split("/"))
     floor = tuple(int(x) for x in str(spec.fact("floor")).split("/"))
     start, step, torch_join = _JOIN[join]
+    wanted = "0" if den else f"n{spec.fact('count')}"
     return {
-        "select": {"wanted": f"n{spec.fact('count')}", "fraction": (num, den), "floor": floor}
-        if scope != "none"
-        else None,
+        "select": None if scope == "none" else {"wanted": wanted, "fraction": (num, den), "floor": floor},
         "shared": scope == "shared",
         "join": join,
         "join_start": start,
@@ -99,8 +98,6 @@ def _evict(spec: KernelSpec) -> Context:
     torch_judged = row_hole(formulas["row"], TORCH, negate) if made["select"] else None
     regions = texts["regions"]
     used = [line.split(" ", 1) for line in texts["counts"].split("\n") if line]
-    if made["select"] and made["select"]["fraction"][1]:
-        made["select"]["wanted"] = "0"
     uses = judged.uses if judged else frozenset()
     return made | {
         "formulas": tuple(
@@ -125,7 +122,8 @@ def _evict(spec: KernelSpec) -> Context:
 
 def _judge(regions: str, judged: Hole | None, uses: frozenset[str], states: list[str]) -> list[str]:
     lines = [
-        "slot = tl.load(table + row.to(tl.int64) * table_row + i // PAGE, mask=there, other=0).to(tl.int64) * PAGE + i % PAGE",
+        "page = tl.load(table + row.to(tl.int64) * table_row + i // PAGE, mask=there, other=0)",
+        "slot = page.to(tl.int64) * PAGE + i % PAGE",
         "at = tl.load(pos + slot, mask=there, other=0)",
     ]
     if "was_frozen" in regions:

@@ -28,7 +28,7 @@ def insert(plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: 
     k, v [B, kv_heads, m, head_dim], right-aligned; state float32 [states, B, kv_heads, m] or None.
     """
     heads = plan.heads(int(site.layer), cls)
-    for b in range(site.batch):
+    for b in range(site.batch if heads else 0):
         _insert(plan, site, b, sequence(site, b, k, k, v, state, plan.facts.kv_heads), heads)
 
 
@@ -52,7 +52,7 @@ def evict_prefill(
     facts, part = plan.facts, plan.classes[cls]
     layer = int(site.layer)
     heads = plan.heads(layer, cls)
-    for b in range(site.batch):
+    for b in range(site.batch if heads else 0):
         fresh = sequence(site, b, q, k, v, state, facts.kv_heads)
         if not fresh.real:
             continue

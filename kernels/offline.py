@@ -104,6 +104,7 @@ def _compile(
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
+    types = {name: kind for kind, group in types.items() for name in group.split()}
     signature = {name: types.get(name, "constexpr") for name in names}
     # Pools and scratch come from torch, whose allocations are aligned; without this no vector load is made.
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}

@@ -1,7 +1,8 @@
 """Predicted time of a kernel: the bytes it must move over a GPU's bandwidth, plus its launches.
 
-Every kernel here is bound by memory traffic or by launch latency: decode attention does `group` operations
-a byte where a GPU balances at two hundred. So the prediction is a sum that a person can check by hand.
+Decode, judging and moving are bound by memory traffic or by launch latency: decode attention does `group`
+operations a byte where a GPU balances at two hundred. Only a second pass over all queries of a prefill is
+bound by arithmetic. So a prediction is a sum that a person can check by hand.
 """
 
 from __future__ import annotations
@@ -13,28 +14,33 @@ from kvcompile.kernels.gpus import Gpu
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes by name, in the order in which a header lists them, and dependent launches."""
+    """Bytes by name, in the order in which a header lists them; dependent launches; matrix operations."""
 
     parts: tuple[tuple[str, int], ...]
     launches: int = 1
+    operations: int = 0
 
     @property
     def total(self) -> int:
         return sum(count for _, count in self.parts)
 
     def seconds(self, gpu: Gpu) -> float:
-        """Lower bound: traffic at full bandwidth, and no launch overlaps another."""
-        return self.total / gpu.bandwidth + self.launches * gpu.launch
+        """Lower bound: traffic at full bandwidth or arithmetic at full speed, and no launch overlaps another."""
+        return max(self.total / gpu.bandwidth, self.operations / gpu.operations) + self.launches * gpu.launch
 
     def arithmetic(self, gpu: Gpu) -> str:
         """The prediction and how it comes about, in one line."""
-        return (
-            f"{self.seconds(gpu) * 1e6:.1f} us on {gpu.name} = {_size(self.total)} / {gpu.bandwidth / 1e12:.2f} TB/s "
-            f"({self.total / gpu.bandwidth * 1e6:.1f} us) + {self.launches} x {gpu.launch * 1e6:.0f} us of launch"
-        )
+        memory, compute = self.total / gpu.bandwidth, self.operations / gpu.operations
+        if memory >= compute:
+            work = f"{size(self.total)} / {gpu.bandwidth / 1e12:.2f} TB/s ({memory * 1e6:.1f} us)"
+        else:
+            work = f"{self.operations / 1e12:.3f} TFLOP / {gpu.operations / 1e12:.0f} TFLOP/s ({compute * 1e6:.1f} us)"
+        launches = f"{self.launches} x {gpu.launch * 1e6:.0f} us of launch"
+        return f"{self.seconds(gpu) * 1e6:.1f} us on {gpu.name} = {work} + {launches}"
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes for a reader: 8.0 MiB."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
@@ -43,5 +49,5 @@ def _size(count: int) -> str:
 
 def itemised(traffic: Traffic) -> str:
     """`keys and values 8.0 MiB + logits 0.3 MiB = 8.3 MiB`."""
-    parts = " + ".join(f"{name} {_size(count)}" for name, count in traffic.parts)
-    return f"{parts} = {_size(traffic.total)}" if len(traffic.parts) > 1 else parts
+    parts = " + ".join(f"{name} {size(count)}" for name, count in traffic.parts)
+    return f"{parts} = {size(traffic.total)}" if len(traffic.parts) > 1 else parts

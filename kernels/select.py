@@ -66,13 +66,14 @@ def _select(
     candidates = rows.resident & ~taken
     unit = plan.unit(term.unit) if term.unit else None
     if unit is not None:
-        ready = _full(rows, unit, reads_next=_reads_next(term, unit))
+        ready = _full(rows, unit, needs_next=reads_next(term, unit))
         taken = taken | (candidates & ~ready)
         candidates &= ready
-    budget = torch.zeros_like(rows.now) if term.count is None else numbers[term.count]
+    budget = _group_budget(term, candidates, torch.zeros_like(rows.now) if term.count is None else numbers[term.count])
+    watched = torch.zeros_like(candidates)
     if term.observed:
+        # They count within n, so they are winners like the others.
         watched = candidates & ends[:, None] & (rows.pos > (rows.now - term.observed)[:, None])
-        taken = taken | watched
         candidates &= ~watched
         budget = (budget - watched.sum(1)).clamp(min=0)
     values = score(term.score, rows, candidates, unit)
@@ -80,14 +81,14 @@ def _select(
     if unit is not None:
         chosen = _per_unit(term, rows, values, candidates, unit, budget)
     elif term.scope == "head":
-        chosen = best(values, candidates, _group_budget(term, candidates, budget))
+        chosen = best(values, candidates, budget)
     elif term.scope == "shared":
         # The sharers hold the same entries, so one row's mask stands for all.
         mean = values.mean(0, keepdim=True)
-        chosen = best(mean, candidates[:1], _group_budget(term, candidates[:1], budget[:1])).expand_as(candidates)
+        chosen = best(mean, candidates[:1], budget[:1]).expand_as(candidates)
     else:
-        chosen = _across(term, rows, values, candidates, _group_budget(term, candidates, budget))
-    return taken | chosen, chosen
+        chosen = _across(term, rows, values, candidates, budget)
+    return taken | watched | chosen, watched | chosen
 
 
 def _group_budget(term: Selection, candidates: Tensor, budget: Tensor) -> Tensor:
@@ -142,13 +143,14 @@ def _per_unit(
     return out.scatter(1, torch.where(there, index, candidates.shape[1]), chosen)[:, :-1]
 
 
-def _full(rows: Rows, unit: UnitPlan, reads_next: bool) -> Tensor:
+def _full(rows: Rows, unit: UnitPlan, needs_next: bool) -> Tensor:
     """Entries whose unit, and the next one where the score reads it, has been seen whole: bool [rows, n]."""
     which = (rows.pos - unit.offset).div(unit.size, rounding_mode="floor")
-    last = unit.offset + (which + (2 if reads_next else 1)) * unit.size - 1
+    last = unit.offset + (which + (2 if needs_next else 1)) * unit.size - 1
     return (which >= 0) & (last <= rows.now[:, None])
 
 
-def _reads_next(term: Selection, unit: UnitPlan) -> bool:
+def reads_next(term: Selection, unit: UnitPlan) -> bool:
+    """Whether a unit can be judged only once the one after it is full."""
     formulas = [term.score, *(expr for _, expr in unit.landmarks)]
     return any(n.op == "field" and str(n.value).startswith("next.") for f in formulas for n in f.walk())

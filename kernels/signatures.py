@@ -1,7 +1,7 @@
 """Argument types of the generated kernels, written into each file for compiling without a GPU.
 
-Takes a `KernelSpec`, gives (kernel, {argument: type}, {constant: value}, options) per kernel of its file,
-as Triton spells them: `*bf16` a pointer, `i32` a number. The names follow the templates' parameters.
+Takes a `KernelSpec`, gives (kernel, {type: arguments}, {constant: value}, options) per kernel of its file,
+types as Triton spells them: `*bf16` a pointer, `i32` a number. The names follow the templates' parameters.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ def _types(text: str, dtype: str = "fp32") -> dict[str, str]:
     """`*T: q k; i32: rows` as a table; T is the model's dtype."""
     table: dict[str, str] = {}
     for group in text.split(";"):
-        kind, names = group.split(":")
-        table |= dict.fromkeys(names.split(), kind.strip().replace("T", dtype))
+        kind, names = (part.strip() for part in group.split(":"))
+        kind = kind.replace("T", dtype)
+        table[kind] = f"{table[kind]} {names}" if kind in table else names
     return table
 
 
@@ -84,8 +85,8 @@ def _pack(spec: KernelSpec) -> tuple[Entry, ...]:
     page = spec.fact("page")
     first = _types("*u8: keep; *i32: before length table free top; *i64: layer; i32: rows n tiles table_row")
     second = _types(
-        "*T: k_in v_in k v; *i32: pos_in before pos table; *u8: frozen_in keep frozen; *fp32: state_in state; *i64: layer; "
-        "i32: k_b k_h k_n v_b v_h v_n state_s slots table_row rows kv_heads n tiles",
+        "*T: k_in v_in k v; *i32: pos_in before pos table; *u8: frozen_in keep frozen; *fp32: state_in state; "
+        "*i64: layer; i32: k_b k_h k_n v_b v_h v_n state_s slots table_row rows kv_heads n tiles",
         dtype_name(str(spec.fact("dtype"))),
     )
     constants = {"D": spec.fact("head_dim"), "PAGE": page, "STATES": spec.fact("states"), "TILE": 1024, "BLOCK": 32}
@@ -138,3 +139,17 @@ _TABLES = {
     "keys": _keys,
     "pool": _pool,
 }
+
+
+def offline_lines(spec: KernelSpec) -> list[str]:
+    """The table as a person reads it in the file."""
+    lines = []
+    for kernel, types, constants, options in offline(spec):
+        lines += ["    (", f'        "{kernel}",', "        {"]
+        lines += [f'            "{kind}": "{names}",' for kind, names in types.items()]
+        lines += ["        },", f"        {_table(constants)},", f"        {_table(dict(options))},", "    ),"]
+    return lines
+
+
+def _table(values: dict[str, object]) -> str:
+    return "{" + ", ".join(f'"{name}": {value!r}' for name, value in values.items()) + "}"

@@ -68,12 +68,13 @@ AttentionInterface.register(ATTENTION, attention)
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One compiled graph: its phase, its text before and after the pass, anchors opened."""
+    """One compiled graph: its phase, its text before and after the pass, anchors opened, torch's name of the compilation."""
 
     phase: str
     before: str
     after: str
     anchors: int
+    compilation: str
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Layers:
             self._callables[key] = _callable(call.phase, type(layer), self._backend(call.phase))
         if call.phase != "step":
             _mark_lengths(hidden, kwargs)
+        _mark_pools(call.sites[index])
         try:
             return self._callables[key](layer, *args, **kwargs)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
@@ -115,7 +117,10 @@ class Layers:
             anchors = OpenAnchors(phase)(module.graph)
             module.recompile()
             after = module.print_readable(print_output=False)
-            self.records.append(GraphRecord(phase, before, after, anchors))
+            # A restarted analysis hands the same compilation over again: the later graph is the one that stays.
+            compilation = str(torch._guards.CompileContext.current_compile_id())
+            self.records = [r for r in self.records if r.compilation != compilation]
+            self.records.append(GraphRecord(phase, before, after, anchors, compilation))
             dump_graph(self.policy, f"graph-{phase}-before.txt", before)
             dump_graph(self.policy, f"graph-{phase}-after.txt", after)
             if self.inner == "inductor":
@@ -142,6 +147,14 @@ def _mark_lengths(hidden: Tensor, kwargs: dict[str, Any]) -> None:
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.ndim >= 2:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
+
+
+def _mark_pools(site: Site) -> None:
+    # Without this a pool whose size happens to equal some other size is taken to be bound to it.
+    for pool in (site.k, site.v, site.pos, site.frozen, site.free):
+        torch._dynamo.maybe_mark_dynamic(pool, 0)
+    torch._dynamo.maybe_mark_dynamic(site.state, 1)
+    torch._dynamo.maybe_mark_dynamic(site.table, 1 if site.paged else 0)
 
 
 class LayerForward:

@@ -11,7 +11,8 @@ import torch
 
 from kvcompile.cache import KvCache
 from kvcompile.kernels.extent import SLACK
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
+from kvcompile.kernels.select import reads_next
 from kvcompile.sequences import Piece
 from kvcompile.store import PagedStore
 
@@ -28,16 +29,24 @@ def reserve_prefill(cache: KvCache, forwards: list[list[Piece]]) -> None:
     for pieces in forwards:
         _, counts = ahead.numbers(pieces)
         fires = ahead.fires(pieces, None)
+        before = [dict(seq.judged) for seq in ahead.each]
+        ahead.advance(pieces, fires)
         for layer, b in ((layer, b) for layer in range(plan.facts.layers) for b in range(len(pieces))):
             numbers = counts[layer, :, b].tolist()
-            for cls in plan.site_classes(layer):
-                heads = plan.heads(layer, cls)
+            for index in plan.site_classes(layer):
+                heads = plan.heads(layer, index)
                 held = [lengths[layer][b][h] for h in heads]
-                bounds = row_bounds(plan, plan.classes[cls], held, pieces[b].new, bool(fires[cls, b]), numbers)
-                for h, bound in zip(heads, bounds, strict=True):
+                grown = [n + pieces[b].new for n in held]
+                if fires[index, b]:
+                    judged = {
+                        unit: now - before[b].get((c, unit), 0)
+                        for (c, unit), now in ahead.each[b].judged.items()
+                        if c == index
+                    }
+                    grown = row_bounds(plan, plan.classes[index], held, grown, numbers, judged)
+                for h, bound in zip(heads, grown, strict=True):
                     lengths[layer][b][h] = bound
                     most[layer][b][h] = max(most[layer][b][h], bound)
-        ahead.advance(pieces, fires)
     for layer, rows in enumerate(most):
         store.reserve(layer, torch.tensor(rows).flatten().tolist())
     if isinstance(store, PagedStore):
@@ -45,49 +54,51 @@ def reserve_prefill(cache: KvCache, forwards: list[list[Piece]]) -> None:
 
 
 def row_bounds(
-    plan: PolicyPlan, cls: ClassPlan, lengths: list[int], new: int, fires: bool, numbers: list[int]
+    plan: PolicyPlan, cls: ClassPlan, held: list[int], grown: list[int], numbers: list[int], judged: dict[str, int]
 ) -> list[int]:
-    """Bounds for the rows of one class in one layer and sequence.
+    """Bounds for the rows of one class in one layer and sequence, once its trigger has fired.
 
-    lengths: their entries now; new: tokens that this forward brings; numbers: the policy's counts, evaluated.
-    Where heads compete the rows' sum is bounded, not each row: the sum is spread evenly, what a row holds
-    beyond it another lacks.
+    held, grown: their entries before the forward and with all it brings; numbers: the policy's counts, evaluated;
+    judged: how many units have their turn now. Where heads compete the rows' sum is bounded, not each row: the sum
+    is spread evenly, what a row holds beyond it another lacks.
     """
-    grown = [n + new for n in lengths]
-    if not fires:
-        return grown
-    fixed = [0] * len(lengths)
+    if any(t.unit for t in cls.selections):
+        return [n - _unit_losers(plan, cls, numbers, judged) for n in grown]
+    fixed = [0] * len(held)
     pooled = 0
     for term in cls.keep:
-        bound = _region(plan, term, numbers) if isinstance(term, Region) else _selection(plan, term, numbers, new)
-        if bound is None:
-            return grown
+        bound = numbers[term.count] if term.count is not None else None
         if isinstance(term, Region) and term.kind == "frozen":
-            fixed = [a + b for a, b in zip(fixed, lengths, strict=True)]
+            fixed = [a + b for a, b in zip(fixed, held, strict=True)]
+        elif bound is None or (isinstance(term, Region) and term.kind not in ("sink", "recent")):
+            return grown
         elif isinstance(term, Selection) and term.scope == "across":
-            pooled += bound * len(lengths)
+            pooled += bound * len(held)
         else:
             fixed = [a + bound for a in fixed]
     if pooled:
         total = min(sum(grown), sum(fixed) + pooled)
-        return [-(-total // len(lengths)) + SLACK] * len(lengths)  # uneven rows round up unevenly
+        return [-(-total // len(held)) + SLACK] * len(held)  # uneven rows round up unevenly
     return [min(a, b) for a, b in zip(grown, fixed, strict=True)]
 
 
-def _region(plan: PolicyPlan, region: Region, numbers: list[int]) -> int | None:
-    if region.kind in ("sink", "recent"):
-        assert region.count is not None
-        return numbers[region.count]
+def _unit_losers(plan: PolicyPlan, cls: ClassPlan, numbers: list[int], judged: dict[str, int]) -> int:
+    """Entries that a row surely loses: of each unit judged now all but the best and what regions may protect in it."""
+    lost = 0
+    for term in cls.selections:
+        if term.unit is None:
+            continue
+        unit = plan.unit(term.unit)
+        best = numbers[term.count] if term.count is not None else unit.size * (term.fraction or 1)
+        lost += judged.get(term.unit, 0) * max(0, unit.size - int(best))
+        for region in (t for t in cls.keep if isinstance(t, Region)):
+            lost -= _protected(region, unit, numbers, needs_next=reads_next(term, unit))
+    return max(0, lost)
+
+
+def _protected(region: Region, unit: UnitPlan, numbers: list[int], needs_next: bool) -> int:
+    if region.kind == "sink" and region.count is not None:
+        return max(0, numbers[region.count] - unit.offset)
     if region.kind == "newest":
-        assert region.unit is not None
-        return plan.unit(region.unit).size
-    return 0 if region.kind == "frozen" else None
-
-
-def _selection(plan: PolicyPlan, term: Selection, numbers: list[int], new: int) -> int | None:
-    if term.unit is None:
-        return None if term.count is None else numbers[term.count]
-    size = plan.unit(term.unit).size
-    best = numbers[term.count] if term.count is not None else size * term.fraction if term.fraction else size
-    # Units judged now, and the two newest, which are no candidates yet.
-    return int(best) * (new // size + 2) + 2 * size
+        return 0 if needs_next else unit.size
+    return 0 if region.kind == "frozen" else 1 << 40

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcompile.kernels.counts import layer_counts
 from kvcompile.kernels.layout import Clock
+from kvcompile.kernels.select import reads_next
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
 
 
@@ -124,7 +125,8 @@ class Sequences:
     def _judge(self, seq: Progress, c: int, cls: ClassPlan) -> None:
         for trigger in cls.triggers:
             if trigger.unit is not None:
-                # A unit whose follower is not full yet has had no turn: its score reads the follower.
-                ahead = 1 if (trigger.n or 1) > 1 else 0
+                # A unit whose score reads the following one has had no turn before that one is full.
+                unit = self.plan.unit(trigger.unit)
+                ahead = any(t.unit == trigger.unit and reads_next(t, unit) for t in cls.selections)
                 full = self._full_units(trigger.unit, seq.seen)
                 seq.judged[c, trigger.unit] = max(0, full - ahead)

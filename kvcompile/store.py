@@ -166,12 +166,11 @@ class PagedStore(Store):
         self.upper[base : base + self.rows] = torch.tensor(bounds)
 
     def commit(self) -> None:
-        """Grow pool and table to hold every row at its bound, a spare page per row for uneven rows included."""
+        """Grow pool and table to hold every row at its bound; where heads compete, with a spare page per row."""
         page = self.plan.page
-        pages = int((-(-(self.upper + 1) // page)).sum()) + len(self.upper)
-        widest = -(-int(self.upper.max() + 1) // page)
-        if any(t.scope == "across" for c in self.plan.classes for t in c.selections):
-            widest *= self.plan.facts.kv_heads
+        uneven = any(t.scope == "across" for c in self.plan.classes for t in c.selections)
+        pages = int((-(-(self.upper + 1) // page)).sum()) + uneven * len(self.upper)
+        widest = -(-int(self.upper.max() + 1) // page) * (self.plan.facts.kv_heads if uneven else 1)
         if widest > self.table.shape[1]:
             extra = self.table.new_zeros(self.table.shape[0], widest - self.table.shape[1])
             self.table = torch.cat([self.table, extra], 1)

@@ -104,6 +104,7 @@ def verify(
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
         raise KvCompileError(f"verify takes one prompt, shape [1, n]; this one has shape {list(input_ids.shape)}")
+    dtype = _dtype(model)
     with torch.inference_mode():
         full = _trace(model, input_ids, steps, None)
         with use(model, policy, backend=backend, **options):
@@ -111,7 +112,7 @@ def verify(
             used = optimized(model)
         with use(model, policy, backend="reference", **_without(options, "compile")):
             truth = _trace(model, input_ids, steps, full.tokens)
-    return _judge(used, input_ids.shape[1], full, tried, truth, _dtype(model))
+    return _judge(used, input_ids.shape[1], full, tried, truth, dtype)
 
 
 def _trace(model: Any, input_ids: torch.Tensor, steps: int, forced: tuple[int, ...] | None) -> Trace:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.passes.residents import Group, forwards, groups
 
 _MARKS = 4 + 1  # int32 position, frozen mark
-_EXTENT = 64  # slots; an extent also has room for one entry more
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +27,27 @@ class Held:
 
 
 def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
-    """What one sequence of `prompt` tokens and `generate` decode forwards holds at the end and at its peak."""
+    """What one sequence of `prompt` tokens and `generate` decode forwards holds at the end and at its peak.
+
+    Room for a whole prefill is taken before its first piece, so what its last piece leaves stands beside every piece.
+    """
     parts = groups(plan, prompt)
     facts = plan.facts
     slot = facts.entry_bytes + _MARKS + 4 * len(plan.states)
     totals: Sequence[int] = tuple(0 for _ in parts)
-    peak = 0
+    steps = piece = most = 0
     for forward in forwards(plan, prompt, generate):
         fresh = (forward.tokens + forward.peeked) * facts.kv_heads * facts.entry_bytes
+        totals = forward.after
         if forward.phase == "step":  # the evictions of all layers wait for the last one
             before = [total + group.heads for total, group in zip(forward.before, parts, strict=True)]
-        else:
-            before = list(forward.before)
-        most = max(_slots(plan, parts, before, paged), _slots(plan, parts, forward.after, paged))
-        peak = max(peak, most * slot + fresh)
-        totals = forward.after
+            held_now = max(_slots(plan, parts, before, paged), _slots(plan, parts, totals, paged))
+            moving = _largest_pool(plan, parts, totals, paged) if held_now > most else 0
+            steps = max(steps, held_now * slot + max(fresh, moving * slot))
+            continue
+        piece = max(piece, fresh)
+        most = max(most, _slots(plan, parts, forward.before, paged), _slots(plan, parts, totals, paged))
+    peak = max(steps, most * slot + piece)
     by_layer = [0] * facts.layers
     for group, total in zip(parts, totals, strict=True):
         for layer in group.layers:
@@ -51,16 +57,28 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
 
 def _slots(plan: PolicyPlan, parts: Sequence[Group], totals: Sequence[int], paged: bool) -> int:
     return sum(
-        len(group.layers) * _rounded(total, group.heads, plan.page, paged)
+        len(group.layers) * _rounded(plan, group, total, paged)
         for group, total in zip(parts, totals, strict=True)
         if total
     )
 
 
-def _rounded(total: int, heads: int, page: int, paged: bool) -> int:
-    """Slots of `heads` rows that hold `total` entries, spread evenly."""
-    longer = total % heads
-    lengths = ((total // heads + 1, longer), (total // heads, heads - longer))
+def _largest_pool(plan: PolicyPlan, parts: Sequence[Group], totals: Sequence[int], paged: bool) -> int:
+    """Slots that stand twice while a pool grows: the one pool of all pages, or a layer's pool of extents."""
     if paged:
-        return sum(-(-length // page) * page * rows for length, rows in lengths)
-    return sum(-(-(length + 1) // _EXTENT) * _EXTENT * rows for length, rows in lengths)
+        return _slots(plan, parts, totals, paged)
+    by_layer = [0] * plan.facts.layers
+    for group, total in zip(parts, totals, strict=True):
+        for layer in group.layers:
+            by_layer[layer] += _rounded(plan, group, total, paged) if total else 0
+    return max(by_layer)
+
+
+def _rounded(plan: PolicyPlan, group: Group, total: int, paged: bool) -> int:
+    """Slots of a layer's rows of one group, spread evenly; competing heads come out uneven and round up more."""
+    longer = total % group.heads
+    lengths = ((total // group.heads + 1, longer), (total // group.heads, group.heads - longer))
+    spare = any(term.scope == "across" for term in plan.classes[group.cls].selections)
+    if paged:
+        return sum((-(-length // plan.page) + spare) * plan.page * rows for length, rows in lengths)
+    return sum(extent(length + spare * SLACK) * rows for length, rows in lengths)

@@ -1,8 +1,8 @@
 """How many entries a policy keeps, forward by forward, without running it.
 
 Takes a plan, a prompt length and a number of steps; gives `Forward`s with resident totals per group of rows.
-Guarantees: exact for every plan whose region counts are fixed by constants, `prompt` and piece size
-(`exact(plan)`), else an upper bound; time is linear in forwards, whatever the prompt's length.
+Guarantees: exact for every static plan (`exact(plan)`), else an upper bound, but for `full(n)` where heads compete
+(an estimate); time is linear in forwards, whatever the prompt's length.
 """
 
 from __future__ import annotations
@@ -67,7 +67,15 @@ def _exact_class(plan: PolicyPlan, cls: ClassPlan) -> bool:
     frozen = any(t.kind == "frozen" for t in regions)
     rejudged = any(t.observed for t in cls.selections) and not frozen
     mixed = len({t.unit for t in cls.selections}) > 1
-    return not (moving or rejudged or mixed or any(t.kind == "random" for t in regions))
+    # Rows of unequal lengths: what each row does by itself no longer follows from their sum.
+    alone = any(t.scope != "across" or t.count is None for t in cls.selections)
+    alone |= any(t.kind == "full" for t in cls.triggers)
+    uneven = _competing(cls) and alone
+    return not (moving or rejudged or mixed or uneven or any(t.kind == "random" for t in regions))
+
+
+def _competing(cls: ClassPlan) -> bool:
+    return any(term.scope == "across" for term in cls.selections)
 
 
 def forwards(plan: PolicyPlan, prompt: int, steps: int) -> Iterator[Forward]:
@@ -164,7 +172,10 @@ class _Rows:
             if term.observed and phase == "prefill.end":
                 width = min(term.observed, tokens)
                 watched = min(open_, heads * (width - cover.count(self.seen - width, self.seen)))
-            n = heads * _budget(term, counts, open_ // heads)
+            if term.count is None and _competing(self.cls):
+                n = _budget(term, counts, open_)
+            else:
+                n = heads * _budget(term, counts, open_ // heads)
             taken = min(open_, max(n, watched))
             won += taken
             open_ -= taken

@@ -122,6 +122,16 @@ def test_no_machine_is_named() -> None:
         assert f"{ROOT}/" not in path.read_text(encoding="utf-8"), f"{path} names a folder of this machine"
 
 
+def test_named_pages_exist() -> None:
+    named = re.compile(r"\b[\w/-]+\.md\b")
+    depths = ("*.md", "*/*.md", "*/*/*.md")
+    pages = {path.relative_to(ROOT).as_posix() for depth in depths for path in ROOT.glob(depth)}
+    known = pages | {page.rpartition("/")[2] for page in pages}
+    for path in (*sources(*LAYERS, "examples", "benchmarks"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        missing = set(named.findall(path.read_text(encoding="utf-8"))) - known - {"decode_cpu.md"}  # a result
+        assert not missing, f"{path} names {missing}"
+
+
 def test_links_lead_to_the_folders() -> None:
     for name in LAYERS[:-1]:
         link = ROOT / "kvcompile" / name

@@ -183,7 +183,9 @@ def test_a_place_of_a_parsed_module_is_found_again() -> None:
     assert Places().span(parsed).source.name == "mine.kvp:2:5"
 
 
-@pytest.mark.parametrize("text", ["builtin.module { kv.nothing }", "builtin.module {", "", 'kv.const "1" : !kv.expr<"">'])
+@pytest.mark.parametrize(
+    "text", ["builtin.module { kv.nothing }", "builtin.module {", "", 'kv.const "1" : !kv.expr<"">']
+)
 def test_broken_text_is_a_policy_error(text: str) -> None:
     with pytest.raises((PolicyError, ValueError)):
         policy_of(from_text(text))

@@ -78,7 +78,8 @@ def test_every_library_policy_either_lowers_or_is_refused_with_a_code_of_its_own
         (["state a = 0", "on attend: a = 1", "keep top(4) by a", "at step"], "K906", "a = 1"),
         (["state a = 0", "on attend: a += max[q] attn", "keep top(4) by a", "at step"], "K906", "max[q] attn"),
         (["state a = 0", "on attend: a += sum[q] (age * attn)", "keep top(4) by a", "at step"], "K906", "age"),
-        (["state a = 0", "on attend where age > 1: a += sum[q] attn", "keep top(4) by a", "at step"], "K906", "age > 1"),
+        (["state a = 0", "on attend where age > 1: a += sum[q] attn", "keep top(4) by a", "at step"],
+         "K906", "age > 1"),
         (["unit page(16, stride=8)", "keep newest page", "at step"], "K913", "unit page(16, stride=8)"),
         (["unit page(16)", "keep top(4) pages by norm(k)", "at step"], "K913", "top(4) pages by norm(k)"),
         (["share b = 4 by cover(s)", "score s = norm(k)", "keep top(b) by s", "at step"], "K914", "cover(s)"),
@@ -125,7 +126,9 @@ def test_all_heads_means_the_group_first() -> None:
 
 
 def test_a_percentage_of_candidates_is_a_fraction_of_a_count_is_not() -> None:
-    bare = next(op for op in ops_of(lowered(clauses("keep top(30%) by norm(k)", "at step")).module) if isinstance(op, TopOp))
+    bare = next(
+        op for op in ops_of(lowered(clauses("keep top(30%) by norm(k)", "at step")).module) if isinstance(op, TopOp)
+    )
     assert bare.fraction is not None and bare.fraction.data == "3/10" and bare.count is None
     text = clauses("keep top(30% of prompt) by norm(k)", "at step")
     counted = next(op for op in ops_of(lowered(text).module) if isinstance(op, TopOp))

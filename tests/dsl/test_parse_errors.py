@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -87,8 +89,38 @@ def test_control_characters_never_reach_the_terminal() -> None:
 
 
 TEXTS = [library.read(name) for name in library.names()]
-PIECES = ["(", ")", "[", "]", ":", "|", "\n", "    ", "\t", ",", "=", "%", "#", '"', "-", "..", "keep", "top(", "by", "else",
-          "at", "9" * 30, "\r", "\x00", "\N{SNOWMAN}", "\ud800", "rest", "of", "if", "policy x():\n"]  # fmt: skip
+PIECES = [
+    "(",
+    ")",
+    "[",
+    "]",
+    ":",
+    "|",
+    "\n",
+    "    ",
+    "\t",
+    ",",
+    "=",
+    "%",
+    "#",
+    '"',
+    "-",
+    "..",
+    "keep",
+    "top(",
+    "by",
+    "else",
+    "at",
+    "9" * 30,
+    "\r",
+    "\x00",
+    "\N{SNOWMAN}",
+    "\ud800",
+    "rest",
+    "of",
+    "if",
+    "policy x():\n",
+]
 
 
 @st.composite
@@ -106,6 +138,22 @@ def mutated(draw: st.DrawFn) -> str:
         else:
             text = text[:to] + text[at:to] + text[to:]
     return text
+
+
+def test_work_grows_with_the_text_not_with_its_square() -> None:
+    def seconds(clauses: int) -> float:
+        text = "policy p():\n" + "    keep sink(4)\n    at step\n" * clauses
+        began = time.process_time()
+        assert any(d.code == "K106" for d in check(resolve(load(text))))
+        return time.process_time() - began
+
+    seconds(10)  # builds the grammar
+    assert seconds(6000) < 9 * seconds(1500)  # in proportion: 4 times; by the square: 16 times
+
+
+def test_depth_at_the_limit_passes_every_stage() -> None:
+    inner = "(" * 60 + "norm(k)" + " + 1)" * 60
+    assert check(resolve(load(f"policy p():\n    score s = {inner}\n    keep top(4) by s\n    at step\n")))
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])

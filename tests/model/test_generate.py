@@ -1,6 +1,7 @@
 """P5, P8 and the ways into generate(): the untouched model's tokens, graph breaks, restore, caches, turns."""
 
 import gc
+import time
 
 import pytest
 import torch
@@ -246,3 +247,39 @@ def test_the_logical_length_is_what_the_model_has_seen():
     assert cache.get_seq_length() == 21
     assert cache.nbytes() > 0
     assert cache.stats()
+
+
+# -- compile time -----------------------------------------------------------------------------------------------------
+
+
+def first_tokens(layers: int) -> float:
+    """Seconds from a policy to the second token of a model with so many layers, less the same once compiled."""
+    torch.compiler.reset()
+    model = random_model("llama64", num_hidden_layers=layers)
+    kvcompile.optimize(model, "snapkv", backend="cpu", compile="eager", budget=16, observe=4)
+    ids = torch.tensor([tokens(40, seed=1)])
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        spent.append(time.perf_counter() - start)
+    return spent[0] - min(spent[1:])
+
+
+@pytest.mark.slow
+def test_compile_time_does_not_grow_with_depth():
+    """A layer kind is compiled once: 32 layers take at most 1.5 times what 4 take."""
+    first_tokens(4)  # imports and torch's own first use
+    shallow, deep = (min(first_tokens(layers) for _ in range(2)) for layers in (4, 32))
+    assert deep <= 1.5 * shallow, f"{deep:.2f} s against {shallow:.2f} s"
+
+
+@pytest.mark.slow
+def test_a_new_policy_gives_its_first_token_within_three_seconds():
+    kvcompile.optimize(random_model("llama64"), "streaming")  # imports are not what is measured
+    model = random_model("llama64", num_hidden_layers=4, seed=1)
+    text = "policy never_seen(n=7):\n    keep sink(1) | top(n) by norm(k) per head\n    at prefill.end, step\n"
+    start = time.perf_counter()
+    kvcompile.optimize(model, text)
+    model.generate(torch.tensor([tokens(200, seed=2)]), max_new_tokens=1, do_sample=False)
+    assert time.perf_counter() - start < 3.0

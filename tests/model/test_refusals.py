@@ -164,7 +164,7 @@ BAD_POLICIES = {
     "impossible budget": (
         "policy p():\n    score s = norm(k)\n    keep recent(64) | top(8 - 64) by s per head\n    at prefill.end\n",
         {},
-        "negative",
+        "count",
         3,
     ),
     "not lowered yet": ("policy p():\n    keep recent(8) else fold mean\n    at step\n", {}, "fold", 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -60,7 +61,11 @@ def test_pyramid(total: int, prompt: int, budgets: tuple[int, ...]) -> None:
 
 
 @given(
-    st.integers(0, 400), st.integers(1, 40), st.fractions(1, 50, max_denominator=3), st.integers(0, 900), st.integers(0, 99)
+    st.integers(0, 400),
+    st.integers(1, 40),
+    st.fractions(1, 50, max_denominator=3),
+    st.integers(0, 900),
+    st.integers(0, 99),
 )
 def test_pyramid_falls_with_depth_and_keeps_its_sum(
     total: int, layers: int, beta: Fraction, prompt: int, reserve: int
@@ -68,7 +73,7 @@ def test_pyramid_falls_with_depth_and_keeps_its_sum(
     budgets = pyramid(total, layers, beta, prompt, reserve)
     limit = max(0, prompt - reserve)
     assert len(budgets) == layers
-    assert all(a >= b >= 0 for a, b in zip(budgets, budgets[1:], strict=False))
+    assert all(a >= b >= 0 for a, b in pairwise(budgets))
     assert max(budgets) <= limit
     assert sum(budgets) == layers * min(total, limit)
 

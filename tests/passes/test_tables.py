@@ -89,7 +89,9 @@ def test_other_tables_need_a_threshold() -> None:
 def test_a_path_in_a_policy_counts_from_its_file_one_given_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = 'heads far = table("heads.tsv")\n\npolicy mine():\n    far: keep all\n    rest: keep recent(4)\n    at step\n'
+    body = (
+        'heads far = table("heads.tsv")\n\npolicy mine():\n    far: keep all\n    rest: keep recent(4)\n    at step\n'
+    )
     beside, elsewhere = tmp_path / "policies", tmp_path / "work"
     for folder, table in ((beside, "1 0\n0 0\n"), (elsewhere, "0 0\n1 1\n")):
         folder.mkdir()

@@ -1,0 +1,131 @@
+"""What the docstring of each generated kernel says: sites, shapes, bytes of a launch, predicted time.
+
+Takes a plan, a spec and the sizes to predict for, gives a `render.Header`. Bytes are counted by hand from
+the shapes: what must cross the memory bus once, not what a cache may save or waste.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvcompile.kernels.gpus import GPUS, Gpu
+from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.render import Header
+from kvcompile.kernels.roofline import Traffic
+from kvcompile.kernels.spec import KernelSpec
+
+Shapes = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What to predict and time: sequences, entries of a row (decode), tokens of the prompt (prefill)."""
+
+    batch: int = 1
+    tokens: int = 4096
+    gpu: Gpu = GPUS["H200"]
+
+
+def header_for(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes = Sizes()) -> Header:
+    """The header of one kernel of a plan."""
+    facts = plan.facts
+    shapes, traffic = _ABOUT[spec.template](plan, spec, sizes)
+    given = ", ".join(f"{name}={value}" for name, value in plan.params)
+    return Header(
+        policy=f"{plan.name}({given})" if given else plan.name,
+        sites=f"{facts.layers} layers of {facts.kv_heads} KV heads ({facts.family or 'any'} model), one launch "
+        + ("for all layers" if spec.template == "evict" else "a layer"),
+        shapes=shapes,
+        traffic=traffic,
+        bench=(
+            ("batch", sizes.batch),
+            ("kv_heads", facts.kv_heads),
+            ("layers", facts.layers),
+            ("tokens", sizes.tokens),
+        ),
+        gpu=sizes.gpu,
+    )
+
+
+def _entries(plan: PolicyPlan, sizes: Sizes) -> int:
+    return sizes.batch * plan.facts.kv_heads * sizes.tokens
+
+
+def _pools(plan: PolicyPlan) -> Shapes:
+    facts = plan.facts
+    return (
+        (
+            "k, v",
+            f"[slots, {facts.head_dim}] {facts.dtype}, slot = page * {plan.page} + place, one pool for all layers",
+        ),
+        ("table", "[rows, pages] int32, row = (layer * B + sequence) * Hkv + head"),
+    )
+
+
+def _decode(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    facts, entries = plan.facts, _entries(plan, sizes)
+    parts = [("keys and values", entries * facts.entry_bytes)]
+    if spec.fact("logits") != "none":
+        parts.append(("logits out and in", 2 * entries * facts.group * (2 if spec.fact("logits") == "fp16" else 4)))
+    grown = sum(1 for name, _ in spec.holes if name.startswith("add "))
+    if grown:
+        parts.append(("states in and out", 8 * grown * entries))
+    query = ("q, out", f"[B, {facts.q_heads}, {facts.head_dim}]")
+    return (query, *_pools(plan)), Traffic(tuple(parts), launches=2)
+
+
+def _evict(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    rows = sizes.batch * sum(len(heads) for heads in plan.class_of)
+    judged = ("positions, scores and keys of the judged", rows * sizes.tokens * (4 + 4 + 4 + 4))
+    moved = ("one entry moved a row", rows * 2 * plan.facts.entry_bytes)
+    return _pools(plan), Traffic((judged, moved))
+
+
+def _select(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    shapes = (("scores, candidates, pos, keep", "[B, Hkv, N], float32, uint8, int32, uint8"),)
+    return shapes, Traffic((("scores, candidates, positions, answer", _entries(plan, sizes) * (4 + 1 + 4 + 1)),))
+
+
+def _pack(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    survivors = _entries(plan, sizes) * 2 // 5
+    parts = (("two fifths of the entries, in and out", 2 * survivors * plan.facts.entry_bytes),)
+    shape = ("k_in, v_in", f"[B, {plan.facts.kv_heads}, N, {plan.facts.head_dim}]")
+    return (shape, *_pools(plan)), Traffic(parts, launches=2)
+
+
+def _columns(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    facts, entries = plan.facts, _entries(plan, sizes)
+    window = spec.number("window")
+    asked = window or sizes.tokens
+    passes = 2 if window else 1
+    pairs = sizes.batch * facts.q_heads * sizes.tokens * asked // (1 if window else 2)
+    shapes = (
+        ("q", f"[B, {facts.q_heads}, {window or 'N'}, {facts.head_dim}]"),
+        ("k", f"[B, {facts.kv_heads}, N, {facts.head_dim}]"),
+        ("out", f"[B, {facts.kv_heads}, N] float32"),
+    )
+    parts = (("keys, each pass", passes * entries * facts.entry_bytes // 2), ("scores", entries * 4))
+    return shapes, Traffic(parts, launches=passes, operations=2 * passes * pairs * facts.head_dim)
+
+
+def _keys(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    entries = _entries(plan, sizes)
+    shapes = (("k", f"[B, {plan.facts.kv_heads}, N, {plan.facts.head_dim}]"), ("out", "[B, Hkv, N] float32"))
+    return shapes, Traffic((("keys", entries * plan.facts.entry_bytes // 2), ("scores", entries * 4)))
+
+
+def _pool(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    shapes = (("score, out", "[B * Hkv, N] float32, columns in position order"),)
+    return shapes, Traffic((("scores, order, answer", _entries(plan, sizes) * (4 + 4 + 4)),))
+
+
+_ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffic]]] = {
+    "decode": _decode,
+    "evict": _evict,
+    "select": _select,
+    "pack": _pack,
+    "columns": _columns,
+    "keys": _keys,
+    "pool": _pool,
+}

@@ -1,0 +1,29 @@
+"""Runs the kernels on Triton's interpreter, in a process of its own: Triton decides at import whether it interprets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent / "triton_interpreted"
+ROOT = HERE.parents[2]
+
+
+@pytest.mark.parametrize("suite", sorted(path.stem for path in HERE.glob("check_*.py")))
+def test_on_the_interpreter(suite: str) -> None:
+    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "--no-header"]
+    done = subprocess.run(
+        [*command, "-m", "", str(HERE / f"{suite}.py")],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
