@@ -70,6 +70,8 @@ class Context:
         """What expressions of this policy may name."""
         known: dict[str, str] = dict.fromkeys(self.shares, "")
         known |= dict.fromkeys(self.states, "i")
+        # Parameters stand substituted already; their names are still what a misspelt one is held against.
+        known |= {name: "" for name, _ in self.resolved.params if name not in known}
         env = Env(known, {name: score.value for name, score in self.scores.items()}, bool(self.units))
         for unit in self.units.values():
             for landmark in unit.landmarks:

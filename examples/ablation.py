@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import recall_data as data
 import torch
@@ -22,7 +23,7 @@ SINK, WINDOW = 4, 60  # what a local head reads: the first tokens and the newest
 
 
 def head_mask_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -66,9 +67,8 @@ def recall(
     loss, right = 0.0, 0
     for prompt in asked:
         ids = torch.tensor([data.encode([data.BOS, *prompt.text.split()])])
-        logits = model(
-            ids, use_cache=False, logits_to_keep=1, local_heads=local_heads, local_width=local_width
-        ).logits[0, -1]
+        out = model(ids, use_cache=False, logits_to_keep=1, local_heads=local_heads, local_width=local_width)
+        logits = out.logits[0, -1]
         answer = data.INDEX[prompt.answer]
         loss += functional.cross_entropy(logits, torch.tensor(answer)).item()
         right += int(logits.argmax() == answer)

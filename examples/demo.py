@@ -59,7 +59,7 @@ class Outcome:
 def cases(model: PreTrainedModel, length: int) -> tuple[Case, ...]:
     """The policies, each keeping `KEPT` per cent of a prompt of `length` tokens, as a mean over the KV heads."""
     budget = length * KEPT // 100
-    heads = {"tables": {"retrieval": FOLDER / "heads.tsv"}}
+    heads: dict[str, Any] = {"tables": {"retrieval": FOLDER / "heads.tsv"}}
     found = kvcompile.explain("prulong", model, prompt=length, **heads).to_dict()["classes"]
     whole, local = (found[name]["heads"] for name in ("retrieval", "local"))
     # The whole heads keep everything; what the budget leaves is the local heads' window.
@@ -105,8 +105,8 @@ def show_answers(console: Console, first: data.Prompt, outcomes: list[Outcome]) 
     console.print(f"{len(text)} tokens: [dim]{' '.join(text[:24])} ...[/dim]")
     console.print(f"planted {first.distance} tokens back: [bold]{first.answer} suits {first.name}[/bold]")
     console.print(f"the question: [bold]... colour of {first.name}[/bold] -> ?")
-    table = Table(box=None)
-    for head in ("policy", "asked with the text", "asked in a second turn"):
+    table = Table(box=None, pad_edge=False)
+    for head in ("policy", "asked at the end of the text", "asked in a second turn"):
         table.add_column(head)
     for outcome in outcomes:
         words = (outcome.at_once[0], outcome.later[0])
@@ -117,9 +117,8 @@ def show_answers(console: Console, first: data.Prompt, outcomes: list[Outcome]) 
 def show_table(console: Console, asked: list[data.Prompt], outcomes: list[Outcome]) -> None:
     right = [prompt.answer for prompt in asked]
     console.rule(f"{len(asked)} prompts, budget {KEPT} % of the text")
-    table = Table(box=None)
-    heads = ("policy", "asked with\nthe text", "in a second\nturn", "footprint", "peak", "KiB held", "KiB peak", "tokens/s")
-    for head in heads:
+    table = Table(box=None, pad_edge=False)
+    for head in ("policy", "at once", "later", "footprint", "peak", "KiB held", "KiB peak", "tokens/s"):
         table.add_column(head, justify="left" if head == "policy" else "right")
     for outcome in outcomes:
         rep = outcome.report
@@ -135,9 +134,10 @@ def show_table(console: Console, asked: list[data.Prompt], outcomes: list[Outcom
     console.print(table)
     full = outcomes[0].report["bytes_full"] / 1024
     console.print(
-        f"The untouched cache holds {full:.0f} KiB of keys and values. Footprint: entries that all queries had before\n"
-        "them, as a share of dense attention; peak: the most entries in memory at once, as a share of the text.\n"
-        f"h2o and snapkv read the whole prompt first; streaming, snapkv_chunked and prulong evict every {PIECE} tokens.",
+        "at once: right when asked at the end of the text; later: right when asked in a second turn. h2o and snapkv "
+        f"read the whole prompt before they drop anything; streaming, snapkv_chunked and prulong drop every {PIECE} "
+        "tokens. footprint: entries that all queries had before them, as a share of dense attention; peak: the most "
+        f"entries in memory at once, as a share of the text. The untouched cache holds {full:.0f} KiB.",
         highlight=False,
     )
 

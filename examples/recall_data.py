@@ -13,26 +13,28 @@ from dataclasses import dataclass
 
 PAD, BOS, UNKNOWN = "<pad>", "<s>", "<unk>"
 
-NAMES = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "alice bob carol david emma frank grace henry irene jack karen leo maria nina oscar paul "
     "quinn rosa simon tina ursula victor wendy xenia yusuf zoe amir bella cyrus diana elias fatima "
-    "george hanna ivan julia kofi lena milan noor omar petra rafael sofia tomas uma vera walter".split()
+    "george hanna ivan julia kofi lena milan noor omar petra rafael sofia tomas uma vera walter"
 )
-COLOURS = tuple(
+COLOURS = _words(
     "red blue green yellow black white brown pink purple orange grey gold "
-    "silver teal olive navy coral amber violet crimson ivory khaki maroon lime".split()
+    "silver teal olive navy coral amber violet crimson ivory khaki maroon lime"
 )
 # Each noun has one verb, each adjective may stand before any noun.
-VERBS = dict(
-    dog="barks", cat="sleeps", bird="sings", horse="runs", river="flows", wind="blows", clock="ticks",
-    train="leaves", farmer="works", baker="smiles", cloud="drifts", fire="burns",
-)  # fmt: skip
-NOUNS = tuple(VERBS)
-ADJECTIVES = tuple("old small quiet bright slow cold".split())
-GLUE = tuple("the near every day suits colour of .".split())
+NOUNS = _words("dog cat bird horse river wind clock train farmer baker cloud fire")
+VERBS = _words("barks sleeps sings runs flows blows ticks leaves works smiles drifts burns")
+ADJECTIVES = _words("old small quiet bright slow cold")
+GLUE = _words("the near every day suits colour of .")
 
-VOCABULARY = (PAD, BOS, UNKNOWN, *GLUE, *NAMES, *COLOURS, *NOUNS, *VERBS.values(), *ADJECTIVES)
-FOLLOWERS = frozenset((*VERBS.values(), "day", "suits", "of"))  # words that the word before all but decides
+VOCABULARY = (PAD, BOS, UNKNOWN, *GLUE, *NAMES, *COLOURS, *NOUNS, *VERBS, *ADJECTIVES)
+FOLLOWERS = frozenset((*VERBS, "day", "suits", "of"))  # words that the word before all but decides
 INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 
 SHORTEST, LONGEST = 4, 9  # words in a filler sentence, the stop included
@@ -57,7 +59,7 @@ def sentence(rng: random.Random, words: int) -> list[str]:
     """One filler sentence of exactly `words` words (4 to 9), the stop included."""
     noun, other = rng.choice(NOUNS), rng.choice(NOUNS)
     first, second = rng.choice(ADJECTIVES), rng.choice(ADJECTIVES)
-    verb = VERBS[noun]
+    verb = VERBS[NOUNS.index(noun)]
     return {
         4: ["the", noun, verb, "."],
         5: ["the", first, noun, verb, "."],
@@ -94,11 +96,11 @@ def prompt(rng: random.Random, length: int, n_facts: int = 12, part: float = 0.4
     known = facts(rng, n_facts)
     room = length - 1 - QUESTION_WORDS - n_facts * FACT_WORDS
     front = max(0, int(length * part) - n_facts * FACT_WORDS)
-    early, late = filler(rng, front if front >= SHORTEST else 0), None
+    early = filler(rng, front if front >= SHORTEST else 0)
     late = filler(rng, room - sum(map(len, early)))
     planted = early + [[colour, "suits", name, "."] for name, colour in known.items()]
     rng.shuffle(planted)
-    words = [word for part_ in planted + late for word in part_]
+    words = [word for piece in planted + late for word in piece]
     name = rng.choice(list(known))
     words += ["colour", "of", name]
     place = next(i for i, word in enumerate(words) if word == name)
@@ -126,7 +128,7 @@ def training_text(rng: random.Random, length: int, n_facts: int) -> tuple[list[s
     early, late = told + plain[:cut], asked + plain[cut:]
     rng.shuffle(early)
     rng.shuffle(late)
-    words = [BOS] + [word for part in early + late for word in part]
+    words = [BOS] + [word for piece in early + late for word in piece]
     weights = [0.0] + [KNOWN if word in FOLLOWERS else CHOSEN for word in words[1:]]
     for i, word in enumerate(words[3:], 3):
         if word in COLOURS and words[i - 2] == "of":

@@ -1,8 +1,8 @@
 """Trains the shipped recall model from nothing, on one CPU thread, and writes it as a Hugging Face folder.
 
-The length of the texts grows 14 -> 32 -> 64 -> 128 -> 256 -> 512 -> 640, and each stage ends when the answers are right,
-not after a number of steps: looking far back is learned all at once after hundreds of steps, and only where
-the text is short. A seed that has not learned it by `GIVE_UP` steps is dropped for the next one.
+The texts grow, 14 -> 32 -> 64 -> 128 -> 256 -> 512 -> 640 tokens, and a stage ends when the answers are right, not
+after a number of steps: looking far back is learned all at once after hundreds of steps, and only where the text
+is short. A seed that has not learned it by `GIVE_UP` steps is dropped for the next one.
 
     python examples/train_recall_model.py --out examples/recall_model
 """
@@ -126,7 +126,8 @@ def train(seed: int, show: Callable[[Stage, int, float, float], None]) -> LlamaF
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     done = 0
     for stage in CURRICULUM:
-        recent, reached = [], False
+        recent: list[float] = []
+        reached = False
         for i in range(1, stage.most + 1):
             done += 1
             for group in optimizer.param_groups:
@@ -176,8 +177,8 @@ def main() -> None:
             def show(stage: Stage, i: int, loss: float, right: float) -> None:
                 progress.update(bars[stage], completed=i)  # noqa: B023
                 seconds = time.perf_counter() - start
-                progress.console.print(  # noqa: B023
-                    f"{seconds:6.0f} s  length {stage.length:4d}  step {i:5d}  loss {loss:.3f}  right answers {right:.3f}"
+                progress.console.print(
+                    f"{seconds:6.0f} s  length {stage.length:4d}  step {i:5d}  loss {loss:.3f}  right {right:.3f}"
                 )
 
             model = train(seed, show)

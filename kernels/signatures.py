@@ -89,7 +89,7 @@ def _pack(spec: KernelSpec) -> tuple[Entry, ...]:
         "*i64: layer; i32: k_b k_h k_n v_b v_h v_n state_s slots table_row rows kv_heads n tiles",
         dtype_name(str(spec.fact("dtype"))),
     )
-    constants = {"D": spec.fact("head_dim"), "PAGE": page, "STATES": spec.fact("states"), "TILE": 1024, "BLOCK": 32}
+    constants: dict[str, object] = {"D": spec.fact("head_dim"), "PAGE": page, "STATES": spec.fact("states"), "TILE": 1024, "BLOCK": 32}
     return (
         ("reserve_kernel", first, {"PAGE": page, "TILE": 1024}, options),
         ("pack_kernel", second, constants, options),
@@ -106,7 +106,7 @@ def _columns(spec: KernelSpec) -> tuple[Entry, ...]:
         "i32: q_b q_h q_n k_b k_h k_n n n_q kv_heads splits",
         dtype,
     )
-    constants = {
+    constants: dict[str, object] = {
         "GROUP": spec.fact("group"),
         "D": spec.fact("head_dim"),
         "BLOCK_N": spec.fact("block_n"),
@@ -120,13 +120,13 @@ def _columns(spec: KernelSpec) -> tuple[Entry, ...]:
 def _keys(spec: KernelSpec) -> tuple[Entry, ...]:
     dtype = dtype_name(str(spec.fact("dtype")))
     types = _types("*T: k; *i32: pos; *fp32: out; i32: k_b k_h k_n n kv_heads", dtype)
-    constants = {"D": spec.fact("head_dim"), "BLOCK": spec.fact("block_n")}
+    constants: dict[str, object] = {"D": spec.fact("head_dim"), "BLOCK": spec.fact("block_n")}
     return (("keys_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
 
 
 def _pool(spec: KernelSpec) -> tuple[Entry, ...]:
     types = _types("*fp32: score out; *i32: pos order count; i32: n")
-    constants = {"WIDTH": spec.fact("width"), "BLOCK": 512}
+    constants: dict[str, object] = {"WIDTH": spec.fact("width"), "BLOCK": 512}
     return (("pool_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
 
 

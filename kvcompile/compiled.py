@@ -139,7 +139,7 @@ def _callable(phase: str, layer_class: type, backend: Callable[..., Any]) -> Cal
     # torch keeps compiled code per code object: each phase has its own, so that phases are no recompiles.
     code = run.__code__.replace(co_name=f"{layer_class.__name__}_{phase.replace('.', '_')}")
     own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=True)
+    return torch.compile(own, backend=backend, fullgraph=True)
 
 
 def _mark_lengths(hidden: Tensor, kwargs: dict[str, Any]) -> None:

@@ -42,6 +42,10 @@ class EvictStep:
         where = sites(plan, index, module.TOGETHER, device)
         return cls(module, where, module.make_scratch(where, batch, capacity))
 
+    def of(self, sites: Tensor) -> EvictStep:
+        """The same for some sites only, int32 [n, 1 + heads]."""
+        return EvictStep(self.module, sites.contiguous(), self.scratch)
+
     def __call__(
         self, pools: PagedPools, counts: Tensor, fires: Tensor, now: Tensor, prompt: Tensor, score: Tensor | None
     ) -> None:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import kvcompile
 from tests.driving import BACKENDS, LIBRARY, Sizes, call, drive, one_by_one, padded, same
@@ -105,15 +106,23 @@ def test_p5_no_break_and_no_recompile_over_512_tokens(name, tmp_path):
 
 
 def five_prompts(name, folder, new_tokens):
+    """The report's counts, and torch's own: the first prompt makes the graphs, two or, where it is cut, three."""
     sample, options = options_of(name, folder)
+    torch.compiler.reset()
+    counters.clear()
     model = random_model("llama64")
     kvcompile.optimize(model, sample.policy, backend="cpu", compile="eager", **options)
+    graphs = []
     for n in (40, 57, 96, 33, 70):
         ids = torch.tensor([tokens(n, seed=n)])
         assert model.generate(ids, max_new_tokens=new_tokens, do_sample=False).shape == (1, n + new_tokens)
+        graphs.append(counters["stats"]["unique_graphs"])
     report = kvcompile.report(model).to_dict()
     assert report["graph_breaks"] == 0
     assert report["recompiles"] == 0
+    assert not counters["graph_break"]
+    cut = name in ("snapkv_chunked", "prulong", "duo")
+    assert graphs == [3 if cut else 2] * 5
 
 
 # -- undo, again, for a while -----------------------------------------------------------------------------------------
