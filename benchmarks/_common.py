@@ -103,7 +103,8 @@ def machine() -> dict[str, object]:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Installed versions of the named distributions, absent ones left out."""
+    """Versions of the named distributions; of a package that runs from its tree the one it says; others left out."""
+    import sys
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -111,5 +112,6 @@ def versions(*names: str) -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            continue
+            if name in sys.modules:
+                found[name] = sys.modules[name].__version__
     return found

@@ -8,6 +8,7 @@ real model, download its table and name the file in `tables=`.
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,7 +36,7 @@ def main() -> None:
         table = Path(folder) / "full_attention_heads.tsv"
         write_table(table)
         # The library's prulong keeps the best 30 % of the heads whole: 9 of 32.
-        options = {"tables": {"retrieval": table}, "n_sink": 4, "window": 60, "c": 128}
+        options: dict[str, Any] = {"tables": {"retrieval": table}, "n_sink": 4, "window": 60, "c": 128}
         plan = kvcompile.explain("prulong", model, prompt=512, generate=7, **options)
         print(plan)
         for name, facts in plan.to_dict()["classes"].items():

@@ -149,7 +149,7 @@ def show_kernels(console: Console, outcomes: list[Outcome]) -> None:
         console.print(f"  {name}\n    {path}", highlight=False, soft_wrap=True)
     if not files:
         return
-    name, path = min(files.items())
+    name, path = min(files.items(), key=lambda item: (not item[0].startswith("decode"), item[0]))
     policy = next(outcome.case.name for outcome in outcomes if name in outcome.kernels)
     console.print("each is a file that stands alone; to look at one, check it, and see what it compiles to:")
     console.print(f"  less {path}", highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from kvcompile.kernels.spec import Hole, KernelSpec
 from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, open_axes, reduction
 
 _STEP = ("step", "every", "filled", "full")
-_PREFILL = ("prefill.end", "chunk")
+_PREFILL = ("prefill.end", "chunk", "filled", "full")
 
 
 def _power_of_two(n: int) -> int:

@@ -19,7 +19,7 @@ from kvcompile.kernels.gather import (
 )
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan
-from kvcompile.kernels.select import keep_mask
+from kvcompile.kernels.select import Means, Plainly, keep_mask
 
 
 def insert(plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: Tensor | None) -> None:
@@ -61,7 +61,9 @@ def evict_prefill(
             continue
         rows, order, index = gather_rows(plan, site, [b], list(heads), needs_keys(plan, part), scale, fresh)
         sources = {s: gather_queries(site, b, list(heads), facts.kv_heads, s, fresh) for s in query_sources(part)}
-        _decide(plan, part, site, [b], list(heads), replace(rows, queries=sources), order, index, fresh)
+        rows = replace(rows, queries=sources)
+        keep, won = decide(plan, part, site, [b], list(heads), rows, order, Plainly())
+        apply(site, index, keep, won, part, list(heads), fresh)
 
 
 def evict_step(plan: PolicyPlan, sites: list[Site], scale: float) -> None:
@@ -71,12 +73,13 @@ def evict_step(plan: PolicyPlan, sites: list[Site], scale: float) -> None:
         for cls in plan.site_classes(layer):
             firing = site.fires[cls].nonzero().flatten().tolist()
             if firing:
-                _evict_step(plan, plan.classes[cls], site, firing, list(plan.heads(layer, cls)), scale)
+                evict_class(plan, plan.classes[cls], site, firing, list(plan.heads(layer, cls)), scale)
 
 
-def _evict_step(
+def evict_class(
     plan: PolicyPlan, part: ClassPlan, site: Site, firing: list[int], heads: list[int], scale: float
 ) -> None:
+    """After a step: one class of one layer, in the sequences where its trigger fires."""
     keys = needs_keys(plan, part)
     alone = keys or any(s.scope != "head" for s in part.selections)
     for sequences in [[b] for b in firing] if alone else [firing]:
@@ -85,10 +88,11 @@ def _evict_step(
             kv_heads = plan.facts.kv_heads
             found = {s: gather_queries(site, sequences[0], heads, kv_heads, s, None) for s in query_sources(part)}
             rows = replace(rows, queries=found)
-        _decide(plan, part, site, sequences, heads, rows, order, index, None)
+        keep, won = decide(plan, part, site, sequences, heads, rows, order, Plainly())
+        apply(site, index, keep, won, part, heads)
 
 
-def _decide(
+def decide(
     plan: PolicyPlan,
     part: ClassPlan,
     site: Site,
@@ -96,12 +100,11 @@ def _decide(
     heads: list[int],
     rows: Rows,
     order: Tensor,
-    index: Tensor,
-    fresh: Fresh | None,
-) -> None:
+    means: Means,
+) -> tuple[Tensor, Tensor]:
+    """What these rows keep and which of it won a selection, in entry order: bool [rows, n] each."""
     layer = int(site.layer)
     numbers = site.counts[layer][:, sequences].repeat_interleave(len(heads), 1)
     ends = site.clock[sequences, Clock.ENDS].bool().repeat_interleave(len(heads))
-    keep, won = keep_mask(plan, part, rows, numbers, ends)
-    back = [torch.zeros_like(m).scatter(1, order, m) for m in (keep, won)]
-    apply(site, index, back[0], back[1], part, heads, fresh)
+    keep, won = keep_mask(plan, part, rows, numbers, ends, means)
+    return torch.zeros_like(keep).scatter(1, order, keep), torch.zeros_like(won).scatter(1, order, won)

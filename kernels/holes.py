@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvcompile.kernels.plan import Expr, PolicyPlan, Region
 from kvcompile.kernels.printers import TRITON, Axis, Dialect, Printer, Value
-from kvcompile.kernels.stages import Unprintable
+from kvcompile.kernels.stages import Unprintable, reduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,11 @@ def spell(expr: Expr) -> str:
             where = "" if source.kind == "forward" else f" of q in {source.kind}({source.width})"
             return f"{expr.value[0]}{where}"
         case "reduce":
-            fn, axis = expr.value  # type: ignore[misc]
+            fn, axis = reduction(expr)
             return f"{fn}[{axis}] {args[0]}" if _simple(expr.args[0]) else f"{fn}[{axis}] ({args[0]})"
         case "pool":
-            kind, width = expr.value  # type: ignore[misc]
+            assert isinstance(expr.value, tuple)
+            kind, width = expr.value
             return f"{kind}pool({args[0]}, {width})"
         case "unary" if expr.value == "neg":
             return f"-{args[0]}" if _simple(expr.args[0]) else f"-({args[0]})"

@@ -5,6 +5,8 @@ Takes rows in position order (`evaluate.Rows`), gives a keep mask and the winner
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,36 @@ from kvcompile.kernels.evaluate import Rows, score, unit_columns
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
 
 
-def keep_mask(plan: PolicyPlan, cls: ClassPlan, rows: Rows, numbers: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+class Means(Protocol):
+    """How scores are computed and winners chosen; a backend may bring its own, with the same meaning."""
+
+    def score(self, term: Selection, rows: Rows, candidates: Tensor, unit: UnitPlan | None) -> Tensor: ...
+    def choose(self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor: ...
+
+
+class Plainly:
+    """The definition: `evaluate.score` and stable sorts."""
+
+    @staticmethod
+    def score(term: Selection, rows: Rows, candidates: Tensor, unit: UnitPlan | None) -> Tensor:
+        """float32 [rows, n], meaningless outside `candidates`."""
+        return score(term.score, rows, candidates, unit)
+
+    @staticmethod
+    def choose(term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
+        """The winners, bool [rows, n]: n int64 [rows] of each row's candidates, as the scope says."""
+        values = -values if term.rank == "bottom" else values
+        if term.scope == "head":
+            return best(values, candidates, n)
+        if term.scope == "shared":
+            # The sharers hold the same entries, so one row's mask stands for all.
+            return best(values.mean(0, keepdim=True), candidates[:1], n[:1]).expand_as(candidates)
+        return _across(term, rows, values, candidates, n)
+
+
+def keep_mask(
+    plan: PolicyPlan, cls: ClassPlan, rows: Rows, numbers: Tensor, ends: Tensor, means: Means
+) -> tuple[Tensor, Tensor]:
     """Decide one class's rows.
 
     numbers int64 [counts, rows]: the policy's counts for each row; ends bool [rows]: the row's prompt ends
@@ -25,7 +56,7 @@ def keep_mask(plan: PolicyPlan, cls: ClassPlan, rows: Rows, numbers: Tensor, end
     won = torch.zeros_like(taken)
     for term in cls.keep:
         if isinstance(term, Selection):
-            taken, chosen = _select(plan, term, rows, taken, numbers, ends)
+            taken, chosen = _select(plan, term, rows, taken, numbers, ends, means)
             won |= chosen
     return taken & rows.resident, won
 
@@ -61,7 +92,7 @@ def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor) -
 
 
 def _select(
-    plan: PolicyPlan, term: Selection, rows: Rows, taken: Tensor, numbers: Tensor, ends: Tensor
+    plan: PolicyPlan, term: Selection, rows: Rows, taken: Tensor, numbers: Tensor, ends: Tensor, means: Means
 ) -> tuple[Tensor, Tensor]:
     candidates = rows.resident & ~taken
     unit = plan.unit(term.unit) if term.unit else None
@@ -76,18 +107,11 @@ def _select(
         watched = candidates & ends[:, None] & (rows.pos > (rows.now - term.observed)[:, None])
         candidates &= ~watched
         budget = (budget - watched.sum(1)).clamp(min=0)
-    values = score(term.score, rows, candidates, unit)
-    values = -values if term.rank == "bottom" else values
+    values = means.score(term, rows, candidates, unit)
     if unit is not None:
         chosen = _per_unit(term, rows, values, candidates, unit, budget)
-    elif term.scope == "head":
-        chosen = best(values, candidates, budget)
-    elif term.scope == "shared":
-        # The sharers hold the same entries, so one row's mask stands for all.
-        mean = values.mean(0, keepdim=True)
-        chosen = best(mean, candidates[:1], budget[:1]).expand_as(candidates)
     else:
-        chosen = _across(term, rows, values, candidates, budget)
+        chosen = means.choose(term, rows, values, candidates, budget)
     return taken | watched | chosen, watched | chosen
 
 
@@ -138,6 +162,7 @@ def _per_unit(
     index = flat.clamp(min=0)
     group = (candidates.gather(1, index) & there).reshape(heads * units, size)
     n = _group_budget(term, group, budget.repeat_interleave(units))
+    values = -values if term.rank == "bottom" else values
     chosen = best(values.gather(1, index).reshape(heads * units, size), group, n).reshape(heads, -1)
     out = torch.zeros(heads, candidates.shape[1] + 1, dtype=torch.bool, device=values.device)
     return out.scatter(1, torch.where(there, index, candidates.shape[1]), chosen)[:, :-1]

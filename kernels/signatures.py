@@ -89,7 +89,13 @@ def _pack(spec: KernelSpec) -> tuple[Entry, ...]:
         "*i64: layer; i32: k_b k_h k_n v_b v_h v_n state_s slots table_row rows kv_heads n tiles",
         dtype_name(str(spec.fact("dtype"))),
     )
-    constants: dict[str, object] = {"D": spec.fact("head_dim"), "PAGE": page, "STATES": spec.fact("states"), "TILE": 1024, "BLOCK": 32}
+    constants: dict[str, object] = {
+        "D": spec.fact("head_dim"),
+        "PAGE": page,
+        "STATES": spec.fact("states"),
+        "TILE": 1024,
+        "BLOCK": 32,
+    }
     return (
         ("reserve_kernel", first, {"PAGE": page, "TILE": 1024}, options),
         ("pack_kernel", second, constants, options),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 from torch import nn
@@ -48,10 +49,15 @@ class Artifacts:
 
     @property
     def policy(self) -> str:
-        """The policy's clauses after `extends` and parameters, one a line, with their prefixes."""
+        """The policy after `extends` and parameters: one clause a line with its prefixes, `at` where triggers change."""
         resolved = self._state.compiled.resolved
-        lines = ["".join(f"{text(p)}: " for p in placed.prefixes) + text(placed.clause) for placed in resolved.clauses]
-        return "\n    ".join([f"policy {resolved.name}():", *lines])
+        lines = [f"policy {resolved.name}():"]
+        for placed, following in zip_longest(resolved.clauses, resolved.clauses[1:]):
+            prefix = "".join(f"{text(p)}: " for p in placed.prefixes)
+            lines.append(prefix + text(placed.clause))
+            if placed.triggers and (following is None or following.triggers != placed.triggers):
+                lines.append(prefix + "at " + ", ".join(text(t) for t in placed.triggers))
+        return "\n    ".join(lines)
 
     @property
     def plan(self) -> PolicyPlan:

@@ -1,104 +1,101 @@
-"""The `triton` backend: the reference's meaning, its hot parts on the generated kernels.
+"""The `triton` backend: generated kernels behind the operators, on the paged layout.
 
-Takes a plan and a paged `Site`. A step (append, attend, states, scores, evictions of all layers) reads no
-device value back. What a policy's formulas do not let Triton do runs as in the reference, and
-`choose.unprintable` lists it.
+A step is decode attention (append, states and scores fused), then one eviction launch per head class for all
+layers. A prefill takes attention from torch, and scores, winners and the move into pages from kernels.
+What has no Triton form runs as the reference; `choose.unprintable` says what that is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels import evict, reference
-from kvcompile.kernels.choose import decode_spec, evict_spec, pack_spec
-from kvcompile.kernels.gather import entries_of_state, sequence
-from kvcompile.kernels.layout import Clock, Site
-from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.evaluate import Rows
+from kvcompile.kernels.gather import gather_queries, gather_rows, needs_keys, query_sources, sequence
+from kvcompile.kernels.layout import Clock, Site, compact
+from kvcompile.kernels.plan import PolicyPlan, Selection, UnitPlan
+from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.stages import Unprintable
 from kvcompile.kernels.triton_backend import prefill
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.evict import EvictStep
 from kvcompile.kernels.triton_backend.library import library
-from kvcompile.kernels.triton_backend.oneshot import decide
-
-_STEP = ("step", "every", "filled", "full")
 
 
-def steps_on_triton(plan: PolicyPlan) -> bool:
-    """Whether a whole step, evictions included, has Triton forms."""
-    try:
-        decode_spec(plan)
-        for index, cls in enumerate(plan.classes):
-            if any(cls.fires_on(kind) for kind in _STEP):
-                evict_spec(plan, index)
-    except Unprintable:
-        return False
-    return True
-
-
-def prefills_on_triton(plan: PolicyPlan, cls: int) -> bool:
-    """Whether a class's one-shot prefill has Triton forms for its scores, its choice and its survivors."""
-    found = library(plan)
-    try:
-        pack_spec(plan)
-        for term in plan.classes[cls].selections:
-            found.scores(term)
-            found.select(cls, term)
-    except Unprintable:
-        return False
-    return True
-
-
-@dataclass
-class _Ready:
-    """A plan's step kernels with their scratch, for one batch and for rows of at most `capacity` entries."""
-
-    capacity: int
-    decode: DecodeStep
-    evict: dict[int, EvictStep]
-    by_layer: dict[int, Tensor]  # class -> sites int32 [layers, most groups of a layer, 1 + heads]
-
-
-@dataclass
 class Triton:
-    """What `ops.Backend` asks for; scratch is made at the first step of a shape and then stays."""
+    """Kernels of a policy, and the scratch that its steps share; one instance per optimised model."""
 
-    name: str = "triton"
-    _ready: dict[tuple[object, ...], _Ready] = field(default_factory=dict)
-
-    def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As `reference.attend_prefill`; a piece with nothing before it goes to the library's own kernel."""
-        kv_heads = plan.facts.kv_heads
-        rows = site.batch * kv_heads
-        base = site.base(kv_heads)
-        if bool(site.length[base : base + rows].any()):
-            return reference.attend_prefill(plan, site, q, k, v, scale)
-        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-        for b in range(site.batch):
-            fresh = sequence(site, b, q, k, v, None, kv_heads)
-            n = fresh.k.shape[1]
-            if n:
-                keys, values = (t.repeat_interleave(plan.facts.group, 0)[None] for t in (fresh.k, fresh.v))
-                own = q[b : b + 1, :, q.shape[2] - n :]
-                read = F.scaled_dot_product_attention(own, keys, values, is_causal=True, scale=scale)
-                out[b, out.shape[1] - n :] = read[0].transpose(0, 1)
-                reference.file_queries(site, b, own[0], fresh.real, fresh.start)
-        return out
-
+    name = "triton"
+    attend_prefill = staticmethod(reference.attend_prefill)
     observe = staticmethod(reference.observe)
 
+    def __init__(self) -> None:
+        self._decoders: dict[tuple[object, ...], DecodeStep] = {}
+        self._evictions: dict[tuple[object, ...], EvictStep | None] = {}
+
+    def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `reference.attend_step`, without a look at any device value."""
+        active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
+        step = self._decoder(plan, site)
+        last = [t[:, :, 0].contiguous() for t in (q, k, v)]
+        out, _ = step(*last, site, start.int(), active.int(), site.layer.int(), scale)
+        _file_queries(site, q, start, active)
+        return out
+
+    def _decoder(self, plan: PolicyPlan, site: Site) -> DecodeStep:
+        key = _key(plan, site)
+        if key not in self._decoders:
+            rows = site.batch * plan.facts.kv_heads
+            module = library(plan).decode()
+            self._decoders[key] = DecodeStep.prepare(module, plan.facts.layers, rows, _capacity(site), site.k.device)
+        return self._decoders[key]
+
+    def evict_step(self, plan: PolicyPlan, stores: list[Site], scale: float) -> None:
+        """One launch per head class over all the layers given; classes without a Triton form go by the reference."""
+        first = stores[0]
+        now = first.clock[:, Clock.START] + first.clock[:, Clock.NEW] - 1
+        prompt = first.clock[:, Clock.PROMPT]
+        for index, part in enumerate(plan.classes):
+            if not any(part.fires_on(kind) for kind in ("step", "every", "filled", "full")):
+                continue
+            step = self._eviction(plan, first, index)
+            if step is None:
+                self._by_reference(plan, stores, index, scale)
+                continue
+            if len(stores) < plan.facts.layers:
+                here = torch.cat([s.layer for s in stores]).to(step.sites)
+                step = step.of(step.sites[torch.isin(step.sites[:, 0], here)])
+            if len(step.sites):
+                step(first, first.counts, first.fires[index], now.int(), prompt.int(), self._decoder(plan, first).score)
+
+    def _eviction(self, plan: PolicyPlan, site: Site, index: int) -> EvictStep | None:
+        key = (*_key(plan, site), index)
+        if key not in self._evictions:
+            try:
+                module = library(plan).evict(index)
+                found = EvictStep.prepare(module, plan, index, site.batch, _capacity(site), site.k.device)
+            except Unprintable:
+                found = None
+            self._evictions[key] = found
+        return self._evictions[key]
+
+    def _by_reference(self, plan: PolicyPlan, stores: list[Site], index: int, scale: float) -> None:
+        for site in stores:
+            heads = list(plan.heads(int(site.layer), index))
+            firing = site.fires[index].nonzero().flatten().tolist()
+            if heads and firing:
+                evict.evict_class(plan, plan.classes[index], site, firing, heads, scale)
+
     def insert(self, plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: Tensor | None) -> None:
-        """As `evict.insert`: real entries of this class's heads to their rows' pages, in order."""
-        pos, real = places(site, k.shape[2])
-        keep = torch.zeros(*k.shape[:3], dtype=torch.bool, device=k.device)
-        heads = list(plan.heads(int(site.layer), cls))
-        if heads:
-            keep[:, heads] = real[:, None]
-            self._pack(plan, site, k, v, pos, keep, torch.zeros_like(keep, dtype=torch.uint8), state)
+        """As `evict.insert`, one launch."""
+        keep, won = (torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device) for _ in range(2))
+        for b, new, peek in _pieces(site):
+            for h in plan.heads(int(site.layer), cls):
+                keep[b, h, k.shape[2] - new - peek : k.shape[2] - peek] = True
+        self._pack(plan, site, k, v, state, keep, won)
 
     def evict_prefill(
         self,
@@ -111,98 +108,103 @@ class Triton:
         state: Tensor | None,
         scale: float,
     ) -> None:
-        """As `evict.evict_prefill`; on kernels where the prompt comes in one piece into empty rows."""
+        """As `evict.evict_prefill`: scores and winners by kernel where they have one, survivors packed in one launch."""
+        part, kv_heads = plan.classes[cls], plan.facts.kv_heads
         heads = list(plan.heads(int(site.layer), cls))
-        if not heads:
-            return
-        base = site.base(plan.facts.kv_heads)
-        past = site.length[base : base + site.batch * plan.facts.kv_heads].view(site.batch, -1)[:, heads]
-        alone = not bool(past.any() | site.clock[:, Clock.PEEK].any() | ~site.fires[cls].all())
-        if not (alone and prefills_on_triton(plan, cls)):
-            evict.evict_prefill(plan, cls, site, q, k, v, state, scale)
-            return
-        pos, _ = places(site, k.shape[2])
-        keep, won = decide(plan, cls, site, heads, k, pos, state, scale)
-        self._pack(plan, site, k, v, pos, keep, won, state)
+        keep, won = (torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device) for _ in range(2))
+        for b, new, peek in _pieces(site) if heads else ():
+            columns = slice(k.shape[2] - new - peek, k.shape[2] - peek)
+            if not int(site.fires[cls, b]):
+                keep[b, heads, columns] = True
+                continue
+            fresh = sequence(site, b, q, k, v, state, kv_heads)
+            rows, order, index = gather_rows(plan, site, [b], heads, needs_keys(plan, part), scale, fresh)
+            found = {s: gather_queries(site, b, heads, kv_heads, s, fresh) for s in query_sources(part)}
+            rows = replace(rows, queries=found)
+            stays, wins = evict.decide(plan, part, site, [b], heads, rows, order, _Kernels(plan, cls))
+            width = stays.shape[1] - fresh.k.shape[1]
+            _settle(site, index, stays[:, :width], wins[:, :width], part.by_position)
+            new_columns = slice(width, width + fresh.real)
+            keep[b, heads, columns], won[b, heads, columns] = stays[:, new_columns], wins[:, new_columns]
+        self._pack(plan, site, k, v, state, keep, won)
 
     def _pack(
-        self,
-        plan: PolicyPlan,
-        site: Site,
-        k: Tensor,
-        v: Tensor,
-        pos: Tensor,
-        keep: Tensor,
-        won: Tensor,
-        state: Tensor | None,
+        self, plan: PolicyPlan, site: Site, k: Tensor, v: Tensor, state: Tensor | None, keep: Tensor, won: Tensor
     ) -> None:
-        where = pos[:, None].expand(keep.shape)
+        clock = site.clock
+        first = clock[:, Clock.START] - (k.shape[2] - clock[:, Clock.NEW] - clock[:, Clock.PEEK])
+        pos = (first[:, None, None] + torch.arange(k.shape[2], device=k.device)).expand(k.shape[:3]).int()
         if state is None:
-            start = [entries_of_state(s, pos) for s in plan.states]
-            state = torch.stack(start)[:, :, None].expand(-1, *keep.shape) if start else site.state.new_zeros(0)
-        prefill.append(library(plan).pack(), site, k, v, where, won, state, keep, site.layer)
-
-    def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As `reference.attend_step`, in two launches."""
-        if not steps_on_triton(plan):
-            return reference.attend_step(plan, site, q, k, v, scale)
-        now, active = site.clock[:, Clock.START], site.clock[:, Clock.NEW]
-        decode = self._prepared(plan, site).decode
-        out, _ = decode(q[:, :, 0], k[:, :, 0], v[:, :, 0], site, now, active, site.layer, scale)
-        window = site.ring.shape[2]
-        if window:
-            slot = (now % window)[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3])
-            kept = torch.where(active[:, None, None, None] != 0, q.to(site.ring.dtype), site.ring.gather(2, slot))
-            site.ring.scatter_(2, slot, kept)
-        return out
-
-    def evict_step(self, plan: PolicyPlan, sites: list[Site], scale: float) -> None:
-        """As `evict.evict_step`: one launch a head class for all the layers given."""
-        if not steps_on_triton(plan):
-            evict.evict_step(plan, sites, scale)
-            return
-        site = sites[0]
-        ready = self._prepared(plan, site)
-        which = torch.cat([s.layer for s in sites])
-        for cls, step in ready.evict.items():
-            own = ready.by_layer[cls]
-            some = step if len(sites) == own.shape[0] else step.of(own[which].flatten(0, 1))
-            now, prompt = site.clock[:, Clock.START], site.clock[:, Clock.PROMPT]
-            some(site, site.counts, site.fires[cls], now, prompt, ready.decode.score)
-
-    def _prepared(self, plan: PolicyPlan, site: Site) -> _Ready:
-        capacity = site.table.shape[1] * plan.page
-        key = (plan, site.batch, site.k.device)
-        if key not in self._ready or self._ready[key].capacity != capacity:
-            self._ready[key] = _prepare(plan, site.batch, capacity, site.k.device)
-        return self._ready[key]
+            state = torch.zeros(len(plan.states), *k.shape[:3], device=k.device)
+        module = library(plan).pack()
+        k, v = k.contiguous(), v.contiguous()
+        prefill.append(module, site, k, v, pos, won.to(torch.uint8), state, keep.to(torch.uint8), site.layer.int())
 
 
-def _prepare(plan: PolicyPlan, batch: int, capacity: int, device: torch.device) -> _Ready:
-    found, facts = library(plan), plan.facts
-    decode = DecodeStep.prepare(found.decode(), facts.layers, batch * facts.kv_heads, capacity, device)
-    drops, by_layer = {}, {}
-    for index, cls in enumerate(plan.classes):
-        if any(cls.fires_on(kind) for kind in _STEP) and plan.class_size(index):
-            drops[index] = EvictStep.prepare(found.evict(index), plan, index, batch, capacity, device)
-            by_layer[index] = _by_layer(drops[index].sites, facts.layers)
-    return _Ready(capacity, decode, drops, by_layer)
+class _Kernels(Plainly):
+    """Scores and winners of a prefill by kernel; what has no Triton form, and units, by the definition."""
+
+    def __init__(self, plan: PolicyPlan, cls: int) -> None:
+        self.plan, self.cls = plan, cls
+
+    def score(self, term: Selection, rows: Rows, candidates: Tensor, unit: UnitPlan | None) -> Tensor:  # type: ignore[override]
+        try:
+            stages = library(self.plan).scores(term)
+        except Unprintable:
+            return super().score(term, rows, candidates, unit)
+        if not stages or unit is not None or rows.k is None or not _agrees(rows):
+            return super().score(term, rows, candidates, unit)
+        # Readable entries are resident or peeked; pos -1 marks a column that holds neither.
+        pos = rows.pos.masked_fill(~rows.readable, -1).int()[None]
+        queries = list((rows.queries or {}).values())
+        q = queries[0].q.flatten(0, 1)[None] if queries else rows.k.new_zeros(1, 1, 1, 1)
+        qpos = queries[0].pos[:1].int() if queries else pos.new_zeros(1, 1)
+        return prefill.score(stages, q.contiguous(), rows.k[None], pos, qpos, candidates[None], rows.scale)[0]
+
+    def choose(self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:  # type: ignore[override]
+        try:
+            module = library(self.plan).select(self.cls, term)
+        except Unprintable:
+            return super().choose(term, rows, values, candidates, n)
+        if values.shape[0] != len(rows.pos) or term.fraction is not None:
+            return super().choose(term, rows, values, candidates, n)
+        together = term.scope != "head"
+        count = len(rows.pos)
+        lines = [list(range(count))] if together else [[h] for h in range(count)]
+        heads = torch.tensor(lines, dtype=torch.int32, device=values.device)
+        pos = rows.pos.int()[None]
+        return prefill.winners(module, values[None].float(), candidates[None], pos, n[None].int(), heads)[0].bool()
 
 
-def _by_layer(sites: Tensor, layers: int) -> Tensor:
-    """Sites as int32 [layers, groups, 1 + heads]; a layer with fewer groups has some without heads (-1)."""
-    lines: list[list[list[int]]] = [[] for _ in range(layers)]
-    for line in sites.tolist():
-        lines[line[0]].append(line)
-    most = max(len(group) for group in lines)
-    empty = [-1] * (sites.shape[1] - 1)
-    padded = [group + [[layer, *empty]] * (most - len(group)) for layer, group in enumerate(lines)]
-    return torch.tensor(padded, dtype=torch.int32, device=sites.device)
+def _agrees(rows: Rows) -> bool:
+    """Whether one source of queries, the same for all rows, is all that the score asks for."""
+    return len(rows.queries or {}) <= 1
 
 
-def places(site: Site, columns: int) -> tuple[Tensor, Tensor]:
-    """Positions int32 [B, columns] of a right-aligned forward's columns (-1: no real token), and where they are real."""
-    new, peek, start = (site.clock[:, c, None] for c in (Clock.NEW, Clock.PEEK, Clock.START))
-    place = torch.arange(columns, device=site.k.device) - (columns - new - peek)
-    real = (place >= 0) & (place < new)
-    return torch.where(real, start + place, -1).int(), real
+def _settle(site: Site, index: Tensor, keep: Tensor, won: Tensor, by_position: bool) -> None:
+    """The resident part of a decision: winners are marked, losers go, pages come back."""
+    if bool(won.any()):
+        site.frozen[site.slot_matrix(index, won.shape[1])[won]] = 1
+    compact(site, index, keep, by_position)
+
+
+def _pieces(site: Site) -> list[tuple[int, int, int]]:
+    """(sequence, real tokens, peeked tokens) of the sequences that bring something."""
+    return [(b, new, peek) for b, (new, peek) in enumerate(site.clock[:, :2].tolist()) if new]
+
+
+def _file_queries(site: Site, q: Tensor, start: Tensor, active: Tensor) -> None:
+    window = site.ring.shape[2]
+    if window:
+        batch = torch.arange(site.batch, device=q.device)
+        old = site.ring[batch, :, start % window]
+        site.ring[batch, :, start % window] = torch.where(active[:, None, None] > 0, q[:, :, 0].to(old.dtype), old)
+
+
+def _capacity(site: Site) -> int:
+    """The most entries that a row's table can name, in powers of two so that scratch is rarely made anew."""
+    return 1 << (site.table.shape[1] * site.page() - 1).bit_length()
+
+
+def _key(plan: PolicyPlan, site: Site) -> tuple[object, ...]:
+    return plan.digest, site.batch, _capacity(site), site.k.device, site.k.dtype

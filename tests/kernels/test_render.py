@@ -81,6 +81,17 @@ def test_text_is_deterministic_and_parses() -> None:
             assert not any(isinstance(n, ast.ImportFrom) for n in ast.walk(tree)), "a generated file stands alone"
 
 
+def test_a_launch_reads_nothing_back() -> None:
+    """A device value on the host would stop the stream: no launch may ask for one."""
+    for policy in (h2o(), adakv()):
+        for spec in specs_for(policy):
+            tree = ast.parse(render(spec, header_for(policy, spec)))
+            (launch,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "launch")
+            calls = [n.func for n in ast.walk(launch) if isinstance(n, ast.Call)]
+            names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in calls}
+            assert not names & {"item", "tolist", "cpu", "int", "bool", "float", "nonzero", "any", "all"}, spec.name
+
+
 def test_the_digest_follows_facts_and_formulas_only() -> None:
     spec = decode_spec(h2o())
     assert spec.digest() == decode_spec(h2o()).digest() and len(spec.digest()) == 16

@@ -94,6 +94,22 @@ def test_logits_with_and_without_the_graph_pass(name, backend, tmp_path):
         assert off <= 1e-5 * max(1.0, plain.logits.abs().max().item()), f"call {i}: {off:.2e}"
 
 
+def test_the_graph_diff_shows_what_was_inserted():
+    """Anchors go, attention and eviction come; in a step the evictions of all layers are one launch after the last."""
+    model = random_model("llama64")
+    kvcompile.optimize(model, "h2o", backend="cpu", compile="eager", heavy="20% of prompt", local="10% of prompt")
+    model.generate(torch.tensor([tokens(40, seed=1)]), max_new_tokens=4, do_sample=False)
+    lines = kvcompile.inspect(model).graph.splitlines()
+    gone = [line for line in lines if line.startswith("-") and "anchor" in line]
+    new = [line for line in lines if line.startswith("+")]
+    assert gone
+    assert not any("anchor" in line for line in new)
+    assert any("attend" in line for line in new)
+    assert any("evict" in line for line in new)
+    after_the_last_layer = [line for line in lines if line[:1] not in "+-@" and "evict" in line and "(" in line]
+    assert len(after_the_last_layer) == 1, after_the_last_layer
+
+
 @pytest.mark.parametrize("name", ["keep_all", "streaming", "h2o", "snapkv", "snapkv_chunked", "prulong"])
 def test_p5_no_break_and_no_recompile_over_five_prompts(name, tmp_path):
     five_prompts(name, tmp_path, new_tokens=24)
