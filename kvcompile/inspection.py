@@ -83,7 +83,11 @@ class Artifacts:
         parts = [f"# after the last layer of a step\n{tail.code.strip()}"] if tail is not None else []
         for record in layers.records:
             lines = difflib.unified_diff(
-                record.before.splitlines(), record.after.splitlines(), f"{record.phase} before", f"{record.phase} after", lineterm=""
+                record.before.splitlines(),
+                record.after.splitlines(),
+                f"{record.phase} before",
+                f"{record.phase} after",
+                lineterm="",
             )
             parts.insert(-1 if tail is not None else len(parts), "\n".join(lines))
         return "\n\n".join(parts)

@@ -73,7 +73,9 @@ def row_bounds(
         elif bound is None or (isinstance(term, Region) and term.kind not in ("sink", "recent")):
             return grown
         elif isinstance(term, Selection) and term.scope == "across":
-            pooled += bound * len(held)
+            pooled += max(bound, term.observed) * len(held)
+        elif isinstance(term, Selection):
+            fixed = [a + max(bound, term.observed) for a in fixed]
         else:
             fixed = [a + bound for a in fixed]
     if pooled:

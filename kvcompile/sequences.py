@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvcompile.kernels.counts import layer_counts
 from kvcompile.kernels.layout import Clock
-from kvcompile.kernels.select import reads_next
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
+from kvcompile.kernels.select import reads_next
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Sequences:
     def __init__(self, plan: PolicyPlan, batch: int) -> None:
         self.plan = plan
         self.each = [Progress() for _ in range(batch)]
+        owner = torch.tensor(plan.class_of)
+        self._rows = [owner == c for c in range(len(plan.classes))]  # bool [layers, kv_heads]
 
     def ahead(self) -> Sequences:
         """A copy to walk ahead on."""
@@ -82,7 +84,7 @@ class Sequences:
             if cls.keeps_all:
                 continue
             for b, piece in enumerate(pieces):
-                longest = 0 if lengths is None else int(lengths[:, b].max()) + piece.new
+                longest = 0 if lengths is None else int(lengths[:, b][self._rows[c]].max()) + piece.new
                 out[c, b] = piece.new > 0 and any(self._fires(c, t, b, piece, longest) for t in cls.triggers)
         return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.extent import extent
 from kvcompile.kernels.layout import Clock, Site, repack
 from kvcompile.kernels.plan import PolicyPlan
@@ -56,6 +57,11 @@ class Store:
         """Key, value, position, frozen mark and states of one entry."""
         width = self.plan.facts.head_dim * torch.empty(0, dtype=self.dtype).element_size()
         return 2 * width + 4 + 1 + 4 * len(self.plan.states)
+
+    @property
+    def ring_bytes(self) -> int:
+        """The newest queries that a score may ask for."""
+        return self.ring.untyped_storage().nbytes()
 
     def lengths(self) -> Tensor:
         """Entries per row, int32 [layers, batch, kv_heads]."""
@@ -131,11 +137,16 @@ class ExtentStore(Store):
         self.top[layer] = tail
 
     def bytes_resident(self) -> int:
-        """Bytes of the extents that rows hold, unused room at their ends included."""
-        return int(self.table[:, :, 1].sum()) * self.slot_bytes
+        """Bytes of the extents that rows hold, unused room at their ends included, and of the newest queries."""
+        return int(self.table[:, :, 1].sum()) * self.slot_bytes + self.ring_bytes
 
     def bytes_allocated(self) -> int:
-        return sum(pool.nbytes for pool in self.pools)
+        return sum(pool.nbytes for pool in self.pools) + self.ring_bytes
+
+
+def refuse_overrun(top: Tensor) -> None:
+    if int(top) < 0:
+        raise KvCompileError("the KV pools were smaller than what the policy's plan asked for; entries were lost")
 
 
 class PagedStore(Store):
@@ -183,6 +194,7 @@ class PagedStore(Store):
         bound = self.upper + step
         page = self.plan.page
         if int((-(-bound // page)).sum()) > self.free.shape[0] or int(bound.max()) > self.table.shape[1] * page:
+            refuse_overrun(self.top)
             bound = self.length.long().cpu() + step
             self.upper = bound + page
             self.commit()
@@ -201,8 +213,8 @@ class PagedStore(Store):
         self.top = self.top + (pages - old_pages)
 
     def bytes_resident(self) -> int:
-        """Bytes of the pages that rows hold, unused room in their last pages included."""
-        return (self.free.shape[0] - int(self.top)) * self.plan.page * self.slot_bytes
+        """Bytes of the pages that rows hold, unused room in their last pages included, and of the newest queries."""
+        return (self.free.shape[0] - int(self.top)) * self.plan.page * self.slot_bytes + self.ring_bytes
 
     def bytes_allocated(self) -> int:
-        return self.pools.nbytes
+        return self.pools.nbytes + self.ring_bytes

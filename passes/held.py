@@ -52,7 +52,14 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
     for group, total in zip(parts, totals, strict=True):
         for layer in group.layers:
             by_layer[layer] += total
-    return Held(tuple(by_layer), _slots(plan, parts, totals, paged) * slot, peak)
+    ring = _ring_bytes(plan)
+    return Held(tuple(by_layer), _slots(plan, parts, totals, paged) * slot + ring, peak + ring)
+
+
+def _ring_bytes(plan: PolicyPlan) -> int:
+    """The newest queries that scores may ask for, kept over pieces and turns."""
+    facts = plan.facts
+    return facts.layers * facts.q_heads * max(plan.query_window, plan.peek) * facts.entry_bytes // 2
 
 
 def _slots(plan: PolicyPlan, parts: Sequence[Group], totals: Sequence[int], paged: bool) -> int:
