@@ -1,4 +1,4 @@
-"""The syntax tree of the policy language: one node class per construct of LANGUAGE.md.
+"""The syntax tree of the policy language: one node class per construct.
 
 Built by `parser`, read by `resolve`, `check` and `lower`. Nothing here is resolved: names are strings
 as written. Guarantees: nodes are immutable and hashable, hold tuples only, and carry a `span` that

@@ -22,7 +22,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """As `reference.attend_prefill`: the piece's own tokens and the resident past are two calls, merged by their LSE."""
+    """As `reference.attend_prefill`: the piece's tokens and the resident past are two calls, merged by their LSE."""
     kv_heads = plan.facts.kv_heads
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     for b in range(site.batch):

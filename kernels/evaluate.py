@@ -6,6 +6,7 @@ no case analysis. This is the definition that every printed kernel is tested aga
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -13,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan
+from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan, evidence_of, words_of
 
-H, G, Q, U, I, D = range(6)
-_DIM = {"h": H, "g": G, "q": Q, "u": U, "i": I, "d": D}
+H, G, Q, U, E, D = range(6)  # E: entries, the axis i
+_DIM = {"h": H, "g": G, "q": Q, "u": U, "i": E, "d": D}
 NEG_INF = float("-inf")
 
 
@@ -91,7 +92,7 @@ def score(expr: Expr, rows: Rows, candidates: Tensor, unit: UnitPlan | None = No
     probabilities of one KV head at a time are all that memory has to hold.
     """
     nodes = expr.walk()
-    tied = any(n.op == "reduce" and n.value[1] == "h" for n in nodes)  # type: ignore[index]
+    tied = any(n.op == "reduce" and words_of(n)[1] == "h" for n in nodes)
     if not tied and any(n.op == "evidence" for n in nodes) and rows.pos.shape[0] > 1:
         return torch.cat([score(expr, rows.one(r), candidates[r : r + 1], unit) for r in range(rows.pos.shape[0])])
     return _Evaluator(rows, candidates, unit)(expr)
@@ -158,12 +159,12 @@ class _Evaluator:
         return value
 
     def _landmark(self, expr: Expr) -> Tensor:
-        _, name = expr.value  # type: ignore[misc]
+        _, name = words_of(expr)
         assert self.unit is not None
         return self._value(dict(self.unit.landmarks)[name])
 
     def _evidence(self, expr: Expr) -> Tensor:
-        kind, source = expr.value  # type: ignore[misc]
+        kind, source = evidence_of(expr)
         return self._arrange(evidence(self.rows, source, kind).unsqueeze(-1))
 
     def _mask(self, expr: Expr) -> Tensor:
@@ -172,7 +173,7 @@ class _Evaluator:
         return torch.cat([self.alive[:, :, :, 1:], torch.zeros_like(self.alive[:, :, :, :1])], U)
 
     def _reduce(self, expr: Expr) -> Tensor:
-        fn, axis = expr.value  # type: ignore[misc]
+        fn, axis = words_of(expr)
         x = self._value(expr.args[0])
         if axis == "i":
             return _masked(fn, x, self._mask(expr.args[0]))
@@ -187,15 +188,16 @@ class _Evaluator:
 
     def _query_count(self, expr: Expr) -> Tensor:
         """How many queries there really are, per row: absent ones count in no mean."""
-        source = next(n.value[1] for n in expr.walk() if n.op == "evidence")  # type: ignore[index]
+        source = next(evidence_of(n)[1] for n in expr.walk() if n.op == "evidence")
         if self.rows.queries is None:
             return torch.tensor(1.0)
         return (self.rows.queries[source].pos >= 0).sum(1).float().reshape(-1, 1, 1, 1, 1, 1)
 
     def _pool(self, expr: Expr) -> Tensor:
-        kind, width = expr.value  # type: ignore[misc]
+        assert isinstance(expr.value, tuple)
+        kind, width = str(expr.value[0]), int(expr.value[1])
         x = self._value(expr.args[0])
-        rows, count = self.candidates.shape
+        rows = len(self.candidates)
         x = x.expand(rows, *x.shape[1:]).clone()
         for r in range(rows):
             order = self.candidates[r].nonzero().flatten()
@@ -247,19 +249,19 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 def _masked(fn: str, x: Tensor, mask: Tensor) -> Tensor:
     """A reduction over `i` that sees resident entries only; softmax keeps the axis. Variance is the sample variance."""
     if fn == "softmax":
-        return torch.softmax(x.masked_fill(~mask, NEG_INF), I).nan_to_num(0.0)
+        return torch.softmax(x.masked_fill(~mask, NEG_INF), E).nan_to_num(0.0)
     if fn in ("min", "max"):
         fill = float("inf") if fn == "min" else NEG_INF
-        out = getattr(torch, "a" + fn)(x.masked_fill(~mask, fill), I, keepdim=True)
-        return torch.where(mask.any(I, keepdim=True), out, 0.0)
-    total = (x * mask).sum(I, keepdim=True)
+        out = getattr(torch, "a" + fn)(x.masked_fill(~mask, fill), E, keepdim=True)
+        return torch.where(mask.any(E, keepdim=True), out, 0.0)
+    total = (x * mask).sum(E, keepdim=True)
     if fn == "sum":
         return total
-    count = mask.sum(I, keepdim=True).float()
+    count = mask.sum(E, keepdim=True).float()
     mean = _divide(total, count)
     if fn == "mean":
         return mean
-    var = _divide((((x - mean) * mask) ** 2).sum(I, keepdim=True), count - 1)
+    var = _divide((((x - mean) * mask) ** 2).sum(E, keepdim=True), count - 1)
     return var if fn == "var" else var.sqrt()
 
 
@@ -272,7 +274,7 @@ def _over_queries(fn: str, x: Tensor, count: Tensor) -> Tensor:
     return getattr(torch, "a" + fn)(x, Q, keepdim=True)
 
 
-_BINARY = {
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "+": torch.add,
     "-": torch.sub,
     "*": torch.mul,

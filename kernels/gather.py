@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompile.kernels.evaluate import Queries, Rows
 from kvcompile.kernels.layout import Clock, Site, compact, write
-from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, QuerySource, StatePlan
+from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, QuerySource, StatePlan, evidence_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def needs_keys(plan: PolicyPlan, cls: ClassPlan) -> bool:
 
 
 def query_sources(cls: ClassPlan) -> set[QuerySource]:
-    return {n.value[1] for s in cls.selections for n in s.score.walk() if n.op == "evidence"}  # type: ignore[index]
+    return {evidence_of(n)[1] for s in cls.selections for n in s.score.walk() if n.op == "evidence"}
 
 
 def gather_queries(

@@ -36,12 +36,12 @@ class Expr:
 
     op        value                          args   meaning
     const     Fraction                       0      a number
-    scalar    name                           0      a run-time number of the sequence: prompt now chunk step, or of the row: len
+    scalar    name                           0      a number of the sequence: prompt now chunk step; of the row: len
     field     "k" "v" "q" "pos" "age" "raw.k" "next.k" "next.v"   0  a tensor that an entry (or query) has
     evidence  ("attn" | "logit", QuerySource)  0    axes g, q, i: attention of each query to each entry
     state     name                           0      the entry's own state
     landmark  (unit, name)                   0      a unit's landmark
-    reduce    (fn, axis)                     1      sum mean max min var std softmax over one axis (softmax keeps the axis)
+    reduce    (fn, axis)                     1      sum mean max min var std softmax over one axis (softmax keeps it)
     pool      ("max" | "avg", width)         1      centred pooling over the candidates in position order
     unary     neg exp log sqrt abs sigmoid norm   1  elementwise; norm reduces d
     binary    + - * / max min < <= > >= == != and or   2   elementwise, x / 0 is 0
@@ -66,6 +66,21 @@ class Expr:
 
         visit(self)
         return list(seen)
+
+
+def words_of(expr: Expr) -> tuple[str, str]:
+    """(function, axis) of a reduce, (unit, name) of a landmark."""
+    assert isinstance(expr.value, tuple)
+    first, second = expr.value
+    return str(first), str(second)
+
+
+def evidence_of(expr: Expr) -> tuple[str, QuerySource]:
+    """("attn" or "logit", whose queries) of an evidence."""
+    assert isinstance(expr.value, tuple)
+    kind, source = expr.value
+    assert isinstance(source, QuerySource)
+    return str(kind), source
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def keep_mask(
 def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor) -> Tensor:
     """Entries of a region, by original position or history, whatever else is resident: bool [rows, n]."""
     pos, now = rows.pos, rows.now[:, None]
-    count = numbers[region.count][:, None] if region.count is not None else None
+    count = torch.zeros_like(now) if region.count is None else numbers[region.count][:, None]
     match region.kind:
         case "all":
             mask = torch.ones_like(rows.resident)

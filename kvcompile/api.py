@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import nn
 
@@ -78,7 +78,7 @@ def optimize(
     tail = gathered_evictions(compiled.plan, key, scale, len(Site._fields))
     dtype = next(sites[0].attention.parameters()).dtype
     engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, dtype, inner != "off")
-    before = model.config._attn_implementation  # type: ignore[union-attr]
+    before = str(model.config._attn_implementation)  # type: ignore[union-attr]
     model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
     forward = OptimizedForward(model, engine)
     for site in sites:
@@ -129,7 +129,7 @@ def optimized(model: nn.Module) -> Optimized:
         raise KvCompileError(
             f"this {type(model).__name__} is not optimised: call kvcompile.optimize(model, policy) first"
         )
-    return state  # type: ignore[no-any-return]
+    return cast(Optimized, state)
 
 
 def _backend(backend: str, model: nn.Module) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,7 +68,7 @@ AttentionInterface.register(ATTENTION, attention)
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One compiled graph: its phase, its text before and after the pass, anchors opened, torch's name of the compilation."""
+    """One compiled graph: phase, text before and after the pass, anchors opened, torch's name of the compilation."""
 
     phase: str
     before: str
@@ -85,7 +85,7 @@ class Layers:
     inner: str
     records: list[GraphRecord] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
-    _callables: dict[tuple[str, type], Callable[..., Any]] = field(default_factory=dict)
+    _callables: dict[tuple[str, type[nn.Module]], Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def recompiles(self) -> int:
@@ -126,13 +126,13 @@ class Layers:
             if self.inner == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 
-                return compile_fx(module, inputs)  # type: ignore[no-any-return]
-            return module.forward  # type: ignore[no-any-return]
+                return cast(Callable[..., Any], compile_fx(module, inputs))
+            return module.forward
 
         return backend
 
 
-def _callable(phase: str, layer_class: type, backend: Callable[..., Any]) -> Callable[..., Any]:
+def _callable(phase: str, layer_class: type[nn.Module], backend: Callable[..., Any]) -> Callable[..., Any]:
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return layer_class.forward(layer, *args, **kwargs)
 

@@ -7,12 +7,11 @@ right-aligned, without padding inside a row and with explicit positions; no mask
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kvcompile.cache import KvCache
 from kvcompile.compiled import Call, Layers, no_copies
@@ -33,7 +32,7 @@ class Engine:
     site: str
     paged: bool
     layers: Layers
-    tail: Callable[..., Any] | None
+    tail: fx.GraphModule | None
     dtype: torch.dtype
     compiled: bool
 
@@ -41,7 +40,7 @@ class Engine:
 class OptimizedForward:
     """Callable in place of `model.forward`, with the same signature."""
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: Any, engine: Engine) -> None:
         self.original = model.forward
         self.engine = engine
         self.run: Any = None  # account of the latest cache
@@ -209,7 +208,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(columns: Columns, start: int, size: int, peek: int) -> _Cut:
-    """Each sequence's tokens start..start+size-1, counted from its own first; its last tokens run along unless it ends."""
+    """Each sequence's tokens start..start+size-1 from its own first; its last tokens run along unless it ends here."""
     parts = [c[start : start + size] for c in columns]
     ends = [bool(p) and start + size >= len(c) for p, c in zip(parts, columns, strict=True)]
     tails = [c[-peek:] if peek and p and not e else [] for c, p, e in zip(columns, parts, ends, strict=True)]
@@ -229,8 +228,8 @@ def _check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | No
         given = position_ids[b if position_ids.shape[0] > 1 else 0]
         if cols and len(given) > cols[-1] and int(given[cols[-1]]) != seq.seen + len(cols) - 1:
             raise KvCompileError(
-                f"position_ids of sequence {b} end at {int(given[cols[-1]])}, its tokens at {seq.seen + len(cols) - 1}: "
-                "positions of one's own are not supported"
+                f"position_ids of sequence {b} end at {int(given[cols[-1]])}, its tokens at "
+                f"{seq.seen + len(cols) - 1}: positions of one's own are not supported"
             )
 
 

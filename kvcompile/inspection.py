@@ -49,7 +49,7 @@ class Artifacts:
 
     @property
     def policy(self) -> str:
-        """The policy after `extends` and parameters: one clause a line with its prefixes, `at` where triggers change."""
+        """The policy after `extends` and parameters: one clause a line with its prefixes, `at` where it changes."""
         resolved = self._state.compiled.resolved
         lines = [f"policy {resolved.name}():"]
         for placed, following in zip_longest(resolved.clauses, resolved.clauses[1:]):

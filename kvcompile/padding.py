@@ -17,10 +17,9 @@ def columns_of(tokens: Tensor, attention_mask: Tensor | None) -> Columns:
     Raises KvCompileError for masks of more dimensions: they would hide tokens from some queries only.
     """
     batch, n = tokens.shape[:2]
-    if n == 1 or attention_mask is None:
-        # A decode step reads no mask: its one column is real, and nothing is fetched from a device.
-        if attention_mask is None or attention_mask.device.type != "cpu":
-            return [list(range(n)) for _ in range(batch)]
+    # On a device a step's one column is taken to be real: to look would mean to wait for it.
+    if attention_mask is None or (n == 1 and attention_mask.device.type != "cpu"):
+        return [list(range(n)) for _ in range(batch)]
     if attention_mask.ndim != 2:
         raise KvCompileError(
             f"attention_mask has {attention_mask.ndim} dimensions; only a padding mask [batch, tokens] is supported"
@@ -42,7 +41,7 @@ def gather_columns(tokens: Tensor, columns: Columns, width: int) -> Tensor:
 
 
 def scatter_columns(logits: Tensor, parts: Columns, pieces: list[Piece], into: Tensor | None, n: int) -> Tensor:
-    """Logits [batch, width, vocabulary] of a right-aligned piece, back at the columns they came from: [batch, n, ...]."""
+    """Logits [batch, width, vocabulary] of a right-aligned piece, back at their own columns: [batch, n, vocabulary]."""
     out = logits.new_zeros(logits.shape[0], n, logits.shape[2]) if into is None else into
     for b, (cols, piece) in enumerate(zip(parts, pieces, strict=True)):
         stop = logits.shape[1] - piece.peek

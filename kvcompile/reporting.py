@@ -44,8 +44,9 @@ class Report:
             f"bytes held         {_bytes(v['bytes_resident'])} of {_bytes(v['bytes_full'])} "
             f"({v['bytes_resident'] / max(1, v['bytes_full']):.1%}); pools {_bytes(v['bytes_allocated'])}, "
             f"peak {_bytes(v['bytes_peak'])}",
-            f"speed              prefill {v['prefill_seconds']:.3f} s, decode {v['decode_tokens_per_second']:.1f} tokens/s "
-            f"(at most {v['ceiling']:.2f} times the full cache's at equal batch, by memory traffic)",
+            f"speed              prefill {v['prefill_seconds']:.3f} s, "
+            f"decode {v['decode_tokens_per_second']:.1f} tokens/s",
+            f"                   memory traffic allows at most {v['ceiling']:.2f} times the full cache at equal batch",
             f"graphs             {v['graph_breaks']} breaks, {v['recompiles']} recompiles",
         ]
         if v["evictions"]:

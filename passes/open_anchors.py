@@ -57,7 +57,7 @@ class OpenAnchors:
                     emit(_ops.evict_prefill_v1.default, q, k, v, state, store, scale, cls, site)
                 else:
                     emit(_ops.insert_v1.default, k, v, state, store, cls, site)
-        out.meta.update(anchor.meta)
+        out.meta = dict(anchor.meta)
         anchor.replace_all_uses_with(out)
         graph.erase_node(anchor)
 
@@ -67,7 +67,9 @@ class _Emitter:
 
     def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
         self.graph = graph
-        self.kept = {key: anchor.meta[key] for key in ("nn_module_stack", "stack_trace") if key in anchor.meta}
+        self.kept: dict[str, Any] = {
+            key: anchor.meta[key] for key in ("nn_module_stack", "stack_trace") if key in anchor.meta
+        }
 
     def __call__(self, target: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(target, args)

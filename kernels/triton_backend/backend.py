@@ -40,8 +40,8 @@ class Triton:
         """As `reference.attend_step`, without a look at any device value."""
         active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
         step = self._decoder(plan, site)
-        last = [t[:, :, 0].contiguous() for t in (q, k, v)]
-        out, _ = step(*last, site, start.int(), active.int(), site.layer.int(), scale)
+        q_new, k_new, v_new = (t[:, :, 0].contiguous() for t in (q, k, v))
+        out, _ = step(q_new, k_new, v_new, site, start.int(), active.int(), site.layer.int(), scale)
         _file_queries(site, q, start, active)
         return out
 
@@ -108,7 +108,7 @@ class Triton:
         state: Tensor | None,
         scale: float,
     ) -> None:
-        """As `evict.evict_prefill`: scores and winners by kernel where they have one, survivors packed in one launch."""
+        """As `evict.evict_prefill`: scores and winners by kernel where they have one, survivors in one launch."""
         part, kv_heads = plan.classes[cls], plan.facts.kv_heads
         heads = list(plan.heads(int(site.layer), cls))
         keep, won = (torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device) for _ in range(2))

@@ -20,7 +20,7 @@ from kvcompile.kernels.plan import Expr, PolicyPlan, Region, Selection
 from kvcompile.kernels.render import folder, render, write
 from kvcompile.kernels.roofline import Traffic
 from kvcompile.kernels.triton_backend.library import library, write_kernels
-from tests.kernels.triton_interpreted.plans import ACC, H2O, PREFILL_END, STEP, attn, plan, reduce
+from tests.kernels.triton_interpreted.plans import ACC, H2O, PREFILL_END, STEP, attn, no_interpreter, plan, reduce
 
 POOLED = Expr("pool", (reduce("mean", "g", reduce("sum", "q", attn("last", 64))),), ("max", 7))
 
@@ -166,6 +166,7 @@ def test_the_library_finds_a_module_by_what_it_is_for(tmp_path: Path, monkeypatc
     assert found.decode() is library(policy).decode()
 
 
+@pytest.mark.skipif(bool(no_interpreter()), reason=no_interpreter())
 @pytest.mark.parametrize("template", ["decode", "evict"])
 def test_a_file_checks_itself_and_says_where_there_is_no_gpu(tmp_path: Path, template: str) -> None:
     pytest.importorskip("triton")

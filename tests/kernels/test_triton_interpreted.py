@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.triton_interpreted.plans import no_interpreter
+
 pytest.importorskip("triton")
 HERE = Path(__file__).parent / "triton_interpreted"
 ROOT = HERE.parents[2]
 
 
+@pytest.mark.skipif(bool(no_interpreter()), reason=no_interpreter())
 @pytest.mark.parametrize("suite", sorted(path.stem for path in HERE.glob("check_*.py")))
 def test_on_the_interpreter(suite: str) -> None:
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "--no-header"]

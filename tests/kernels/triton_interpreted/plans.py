@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from fractions import Fraction
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +28,17 @@ from kvcompile.kernels.render import load, render, write
 from kvcompile.kernels.spec import KernelSpec
 
 PAGE = 16
+
+
+def no_interpreter() -> str:
+    """Why Triton's interpreter cannot run here; empty where it can.
+
+    Triton 3.6 turns arrays of one element into numbers in a way that numpy 2.4 has ceased to allow.
+    """
+    versions = [tuple(int(x) for x in metadata.version(name).split(".")[:2]) for name in ("triton", "numpy")]
+    return "the interpreter of triton 3.6 needs numpy < 2.4" if versions[0] < (3, 7) and versions[1] >= (2, 4) else ""
+
+
 STEP, PREFILL_END = Trigger("step"), Trigger("prefill.end")
 
 
