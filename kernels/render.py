@@ -53,7 +53,11 @@ class Header:
             f"Policy   {self.policy}",
             f"Sites    {self.sites}",
             *_wrapped("Facts", facts),
-            *(line for name, says in formulas for line in _wrapped("Formula", f"{name} = {says}")),
+            *(
+                line
+                for name, says in formulas
+                for line in _wrapped("Formula", f"{name}{'=' if name.endswith('+') else ' ='} {says}")
+            ),
             *(line for name, shape in self.shapes for line in _wrapped("Shape", f"{name}: {shape}")),
             *_wrapped("Bytes", f"{itemised(self.traffic)} a launch, at {sizes}"),
             *_wrapped("Time", f"{self.traffic.arithmetic(self.gpu)}, predicted, not measured"),

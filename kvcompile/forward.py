@@ -21,6 +21,7 @@ from kvcompile.padding import Columns, columns_of, gather_columns, scatter_colum
 from kvcompile.reserve import reserve_prefill
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
+from kvcompile.store import to_device
 from kvcompile.stub import StubCache
 
 
@@ -115,7 +116,7 @@ class OptimizedForward:
     ) -> Any:
         pieces = [Piece(len(c), step=True) if c else Piece(0) for c in columns]
         newest = gather_columns(tokens, columns, 1) if tokens.shape[1] > 1 else tokens
-        positions = torch.tensor([[s.seen] for s in cache.sequences.each], device=tokens.device)
+        positions = to_device(torch.tensor([[s.seen] for s in cache.sequences.each]), tokens.device)
         return self._run(newest, positions, pieces, "step", cache, 0, kwargs, name)
 
     def _prefill(
@@ -164,7 +165,7 @@ class OptimizedForward:
         if phase == "step":
             store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
         for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
-            target.copy_(source, non_blocking=True)
+            target.copy_(to_device(source, store.device))
         cache.run.before(pieces, store.lengths(), tokens.shape[1])
         # A piece of one token would specialise the graph of longer ones.
         compiled = engine.compiled and (phase == "step" or tokens.shape[1] > 1)
@@ -196,7 +197,7 @@ def _positions(cache: KvCache, pieces: list[Piece], width: int, device: torch.de
     start = torch.tensor([s.seen for s in cache.sequences.each])[:, None]
     used = torch.tensor([p.new + p.peek for p in pieces])[:, None]
     offset = torch.arange(width) - (width - used)
-    return torch.where(offset >= 0, start + offset, 0).to(device)
+    return to_device(torch.where(offset >= 0, start + offset, 0), device)
 
 
 class _Cut(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.sequences import Piece
-from kvcompile.store import ExtentStore, PagedStore
+from kvcompile.store import ExtentStore, PagedStore, to_device
 
 
 class Run:
@@ -23,8 +23,9 @@ class Run:
     def __init__(self, plan: PolicyPlan, store: ExtentStore | PagedStore, batch: int) -> None:
         self.plan, self.store = plan, store
         self.batch = batch
-        self.area = torch.zeros(batch, dtype=torch.float64)
-        self.widest = torch.zeros(batch, dtype=torch.float64)
+        # On the store's device: a step must not wait for its own lengths.
+        self.area = torch.zeros(batch, dtype=torch.float64, device=store.device)
+        self.widest = torch.zeros_like(self.area)
         self.tokens = [0] * batch
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
@@ -35,8 +36,8 @@ class Run:
 
     def before(self, pieces: Sequence[Piece], lengths: Tensor, width: int) -> None:
         """A forward of `width` columns is about to run on rows of these lengths, int32 [layers, batch, kv_heads]."""
-        resident = lengths.to("cpu", torch.float64).mean((0, 2))
-        n = torch.tensor([p.new + p.peek for p in pieces], dtype=torch.float64)
+        resident = lengths.double().mean((0, 2))
+        n = to_device(torch.tensor([p.new + p.peek for p in pieces], dtype=torch.float64), self.area.device)
         self.area += n * (n + 1) / 2 + n * resident
         self.widest = torch.maximum(self.widest, torch.where(n > 0, resident + n, 0.0))
         for b, piece in enumerate(pieces):
@@ -84,8 +85,8 @@ class Run:
         total = torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
         steps = self.decode_steps * self.batch
         return {
-            "footprint": float((self.area / (total * (total + 1) / 2)).mean()),
-            "peak": float((self.widest / total).mean()),
+            "footprint": float((self.area.cpu() / (total * (total + 1) / 2)).mean()),
+            "peak": float((self.widest.cpu() / total).mean()),
             "prefill_seconds": self.prefill_seconds,
             "decode_tokens_per_second": steps / self.decode_seconds if self.decode_seconds else 0.0,
             **(self._memory() if self._closed is None else self._closed),

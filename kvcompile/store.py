@@ -17,6 +17,11 @@ from kvcompile.kernels.plan import PolicyPlan
 _POOLS = ("k", "v", "pos", "frozen", "state")
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for what the device is doing."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Pools:
     """Flat pools of slots; `slots` may be 0. All of one size, one device."""
 

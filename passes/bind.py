@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import networkx as nx
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.transforms.dead_code_elimination import region_dce
 
@@ -64,17 +65,33 @@ def _head_classes(ops: list[HeadsOp], context: Context) -> dict[str, Heads]:
         parts = [_table_heads(op, context) for op in sources if op.kind.data == "table"]
         tables[name] = frozenset().union(*parts)
 
-    def heads_of(name: str, trail: tuple[str, ...] = ()) -> Heads:
-        heads = tables.get(name, frozenset())
-        for op in declared.get(name, ()) if name not in trail else ():
+    found = dict(tables)
+    for name in _in_order(declared, context):
+        for op in declared[name]:
             if op.kind.data == "rest":
                 others = [part for other, part in tables.items() if other != name]
-                heads |= _everything(context).difference(*others)
+                found[name] |= _everything(context).difference(*others)
             elif op.kind.data == "same":
-                heads |= heads_of(op.source.data, (*trail, name))
-        return heads
+                found[name] |= found.get(op.source.data, frozenset())
+    return found
 
-    return {name: heads_of(name) for name in declared}
+
+def _in_order(declared: dict[str, list[HeadsOp]], context: Context) -> list[str]:
+    """Head classes so that each comes after those it is made of; classes made of each other are refused."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(declared)
+    for name, sources in declared.items():
+        graph.add_edges_from((op.source.data, name) for op in sources if op.kind.data == "same")
+    try:
+        return [name for name in nx.lexicographical_topological_sort(graph) if name in declared]
+    except nx.NetworkXUnfeasible:
+        cycle = [source for source, _ in nx.find_cycle(graph)]
+        raise fail(
+            "K108",
+            f"head classes are made of each other: {' <- '.join([*cycle, cycle[0]])}",
+            context.places.span(declared[cycle[0]][0]),
+            "let one of them stand on a table",
+        ) from None
 
 
 def _check_given(declared: dict[str, list[HeadsOp]], context: Context) -> None:

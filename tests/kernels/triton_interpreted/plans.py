@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,8 @@ def no_interpreter() -> str:
 
     Triton 3.6 turns arrays of one element into numbers in a way that numpy 2.4 has ceased to allow.
     """
+    if find_spec("triton") is None:
+        return "triton is not installed"
     versions = [tuple(int(x) for x in metadata.version(name).split(".")[:2]) for name in ("triton", "numpy")]
     return "the interpreter of triton 3.6 needs numpy < 2.4" if versions[0] < (3, 7) and versions[1] >= (2, 4) else ""
 

@@ -1,0 +1,87 @@
+"""On a CUDA device: the triton backend against the reference, and a decode step that never waits.
+
+Run by `make gpu`. Everything here is skipped by the default suite.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvcompile
+from tests.driving import LIBRARY, Sizes
+from tests.models import random_model, tokens
+
+pytestmark = pytest.mark.gpu
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+SIZES = Sizes(budget=40, observe=8, chunk=64, percent=25)
+# Kept sets are compared in fp32 only: elsewhere rounding decides between near ties.
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def generate(model: Any, backend: str, name: str, folder: Path, compile: str) -> tuple[torch.Tensor, list[Any]]:
+    """Logits of 24 steps after a batch of two prompts, one of them padded, and the positions kept."""
+    sample = LIBRARY[name](SIZES)
+    kvcompile.optimize(model, sample.policy, backend=backend, compile=compile, **sample.options(folder))
+    ids = torch.tensor([tokens(200, seed=1), tokens(200, seed=2)], device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    kept = [p.tolist() for layer in range(2) for row in range(2) for p in out.past_key_values.positions(layer, row)]
+    return torch.stack(out.logits), kept
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("compile", ["off", "eager"])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_triton_equals_the_reference(name: str, compile: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = random_model("llama64").to("cuda", dtype)
+    expected, kept = generate(model, "reference", name, tmp_path, "off")
+    found, found_kept = generate(model, "triton", name, tmp_path, compile)
+    scale = expected.abs().max()
+    if dtype == torch.float32:
+        assert found_kept == kept
+        assert (found - expected).abs().max() <= BOUNDS[dtype] * scale
+    else:
+        assert (found[0] - expected[0]).abs().max() <= BOUNDS[dtype] * scale
+
+
+@pytest.mark.parametrize("name", ["keep_all", "streaming", "h2o", "snapkv", "tova", "prulong"])
+def test_a_step_waits_for_nothing(name: str, tmp_path: Path) -> None:
+    model = random_model("llama64").to("cuda")
+    sample = LIBRARY[name](SIZES)
+    kvcompile.optimize(model, sample.policy, backend="triton", compile="eager", **sample.options(tmp_path))
+    with torch.no_grad():
+        out = model(torch.tensor([tokens(200, seed=1)], device="cuda"), logits_to_keep=1)
+        step = out.logits[:, -1:].argmax(-1)
+        for _ in range(4):  # kernels are compiled, pools have grown
+            out = model(step, past_key_values=out.past_key_values, logits_to_keep=1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                out = model(step, past_key_values=out.past_key_values, logits_to_keep=1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["streaming", "h2o", "snapkv", "tova", "adakv", "knorm"])
+def test_generated_files_check_and_time_themselves(name: str, tmp_path: Path) -> None:
+    model = random_model("llama128").to("cuda", torch.bfloat16)
+    sample = LIBRARY[name](SIZES)
+    kvcompile.optimize(model, sample.policy, backend="triton", compile="off", **sample.options(tmp_path))
+    for kernel in kvcompile.inspect(model).kernels.values():
+        command = [sys.executable, str(kernel.path), "--check", "--bench"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{kernel.name}: {done.stdout}{done.stderr}"
+        print(f"{kernel.name}: {done.stdout.strip()}")
