@@ -78,7 +78,7 @@ def _head_classes(ops: list[HeadsOp], context: Context) -> dict[str, Heads]:
 
 def _in_order(declared: dict[str, list[HeadsOp]], context: Context) -> list[str]:
     """Head classes so that each comes after those it is made of; classes made of each other are refused."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(declared)
     for name, sources in declared.items():
         graph.add_edges_from((op.source.data, name) for op in sources if op.kind.data == "same")

@@ -33,24 +33,30 @@ class Triton:
     observe = staticmethod(reference.observe)
 
     def __init__(self) -> None:
-        self._decoders: dict[tuple[object, ...], DecodeStep] = {}
+        self._decoders: dict[tuple[object, ...], DecodeStep | None] = {}
         self._evictions: dict[tuple[object, ...], EvictStep | None] = {}
 
     def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As `reference.attend_step`, without a look at any device value."""
-        active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
         step = self._decoder(plan, site)
-        q_new, k_new, v_new = (t[:, :, 0].contiguous() for t in (q, k, v))
-        out, _ = step(q_new, k_new, v_new, site, start.int(), active.int(), site.layer.int(), scale)
+        if step is None:
+            return reference.attend_step(plan, site, q, k, v, scale)
+        active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
+        out, _ = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], site, start, active, site.layer, scale)
         _file_queries(site, q, start, active)
         return out
 
-    def _decoder(self, plan: PolicyPlan, site: Site) -> DecodeStep:
+    def _decoder(self, plan: PolicyPlan, site: Site) -> DecodeStep | None:
         key = _key(plan, site)
         if key not in self._decoders:
             rows = site.batch * plan.facts.kv_heads
-            module = library(plan).decode()
-            self._decoders[key] = DecodeStep.prepare(module, plan.facts.layers, rows, _capacity(site), site.k.device)
+            try:
+                module = library(plan).decode()
+            except Unprintable:
+                self._decoders[key] = None
+            else:
+                layers = plan.facts.layers
+                self._decoders[key] = DecodeStep.prepare(module, layers, rows, _capacity(site), site.k.device)
         return self._decoders[key]
 
     def evict_step(self, plan: PolicyPlan, stores: list[Site], scale: float) -> None:
@@ -61,15 +67,15 @@ class Triton:
         for index, part in enumerate(plan.classes):
             if not any(part.fires_on(kind) for kind in ("step", "every", "filled", "full")):
                 continue
-            step = self._eviction(plan, first, index)
-            if step is None:
+            step, decoder = self._eviction(plan, first, index), self._decoder(plan, first)
+            if step is None or decoder is None:
                 self._by_reference(plan, stores, index, scale)
                 continue
             if len(stores) < plan.facts.layers:
                 here = torch.cat([s.layer for s in stores]).to(step.sites)
                 step = step.of(step.sites[torch.isin(step.sites[:, 0], here)])
             if len(step.sites):
-                step(first, first.counts, first.fires[index], now.int(), prompt.int(), self._decoder(plan, first).score)
+                step(first, first.counts, first.fires[index], now, prompt, decoder.score)
 
     def _eviction(self, plan: PolicyPlan, site: Site, index: int) -> EvictStep | None:
         key = (*_key(plan, site), index)
@@ -138,7 +144,7 @@ class Triton:
             state = torch.zeros(len(plan.states), *k.shape[:3], device=k.device)
         module = library(plan).pack()
         k, v = k.contiguous(), v.contiguous()
-        prefill.append(module, site, k, v, pos, won.to(torch.uint8), state, keep.to(torch.uint8), site.layer.int())
+        prefill.append(module, site, k, v, pos, won.to(torch.uint8), state, keep, site.layer)
 
 
 class _Kernels(Plainly):
