@@ -164,7 +164,8 @@ class PagedStore(Store):
         rows = plan.facts.layers * self.rows
         self.length = torch.zeros(rows, dtype=torch.int32, device=device)
         self.upper = torch.zeros(rows, dtype=torch.int64)  # what the host knows: no row is longer
-        self.table = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+        # Two pages at least: a graph would take a size of one for a constant.
+        self.table = torch.zeros(rows, 2, dtype=torch.int32, device=device)
         self.free = torch.zeros(1, dtype=torch.int32, device=device)
         self.top = torch.ones(1, dtype=torch.int32, device=device)
         self.pools = Pools(plan, plan.page, dtype, device)
