@@ -8,6 +8,7 @@ its answers, how often it was right, what it held and cost, then the files of it
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,10 +154,11 @@ def show_kernels(console: Console, outcomes: list[Outcome]) -> None:
     policy = next(outcome.case.name for outcome in outcomes if name in outcome.kernels)
     console.print("each is a file that stands alone; to look at one, check it, and see what it compiles to:")
     console.print(f"  less {path}", highlight=False, soft_wrap=True)
-    console.print(f"  python {path} --check --bench", highlight=False, soft_wrap=True)
-    console.print(
-        f"  kvcompile inspect {policy} --model {FOLDER} --kernel {name} --arch sm_90", highlight=False, soft_wrap=True
-    )
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    console.print(f"  {python} {path} --check --bench", highlight=False, soft_wrap=True)
+    look = f"{python} -m kvcompile inspect {policy} --model {FOLDER} --kernel {name} --arch sm_90"
+    console.print(f"  {look}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
