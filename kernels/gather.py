@@ -7,13 +7,14 @@ yet: losers among them never will be.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.evaluate import Queries, Rows
 from kvcompile.kernels.layout import Clock, Site, compact, write
-from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, QuerySource, StatePlan, evidence_of
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, StatePlan, evidence_of
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,10 @@ def sequence(site: Site, b: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor 
 
 
 def entries_of_state(state: StatePlan, pos: Tensor) -> Tensor:
-    """A new entry's state: a number, or its own position where it starts at `now`."""
-    return initial(state.init, pos.float())
-
-
-def initial(expr: Expr, pos: Tensor) -> Tensor:
-    if expr.op == "const":
-        return torch.full_like(pos, float(expr.value))  # type: ignore[arg-type]
-    return pos.clone()
+    """A new entry's state, float32: a number, or its own position where it starts at `now`."""
+    if isinstance(state.init.value, Fraction):
+        return torch.full(pos.shape, float(state.init.value), device=pos.device)
+    return pos.float()
 
 
 def needs_keys(plan: PolicyPlan, cls: ClassPlan) -> bool:

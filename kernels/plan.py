@@ -243,5 +243,13 @@ class PolicyPlan:
     def evicts_in_step(self) -> bool:
         return any(c.fires_on(k) for c in self.classes for k in ("step", "every", "filled", "full"))
 
+    @property
+    def ring(self) -> int:
+        """How many of the newest queries must be kept, because a later piece, step or turn may ask for them."""
+        asked = [
+            evidence_of(n)[1] for c in self.classes for s in c.selections for n in s.score.walk() if n.op == "evidence"
+        ]
+        return max(self.query_window, self.peek, int(any(source.kind == "forward" for source in asked)))
+
     def state(self, name: str) -> StatePlan:
         return next(s for s in self.states if s.name == name)

@@ -94,8 +94,7 @@ def observe(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, scale: float) ->
             slots = site.slot_matrix(index, width)
             there = torch.arange(width, device=slots.device) < site.length[index][:, None]
             site.state[i, slots[there]] = total[:, :width][there]
-            new = int(site.clock[b, Clock.PEEK])
-            stop = q.shape[2] - new
+            stop = q.shape[2] - int(site.clock[b, Clock.PEEK])
             out[i, b, :, stop - fresh.real : stop] = total[:, width:]
     return out
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.extent import extent
 from kvcompile.kernels.layout import Clock, Site, repack
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.triton_backend.pools import refuse_overrun
 
 _POOLS = ("k", "v", "pos", "frozen", "state")
 
@@ -50,8 +50,9 @@ class Store:
         self.plan, self.batch, self.dtype, self.device = plan, batch, dtype, device
         self.rows = batch * facts.kv_heads
         self.length = torch.zeros(facts.layers, self.rows, dtype=torch.int32, device=device)
-        window = max(plan.query_window, plan.peek)
-        self.ring = torch.zeros(facts.layers, batch, facts.q_heads, window, facts.head_dim, dtype=dtype, device=device)
+        self.ring = torch.zeros(
+            facts.layers, batch, facts.q_heads, plan.ring, facts.head_dim, dtype=dtype, device=device
+        )
         self.layers = torch.arange(facts.layers, device=device)[:, None]
         self.clock = torch.zeros(batch, Clock.WIDTH, dtype=torch.int64, device=device)
         self.counts = torch.zeros(facts.layers, len(plan.counts), batch, dtype=torch.int64, device=device)
@@ -149,11 +150,6 @@ class ExtentStore(Store):
         return sum(pool.nbytes for pool in self.pools) + self.ring_bytes
 
 
-def refuse_overrun(top: Tensor) -> None:
-    if int(top) < 0:
-        raise KvCompileError("the KV pools were smaller than what the policy's plan asked for; entries were lost")
-
-
 class PagedStore(Store):
     """One pool of pages for all layers, a stack of free pages, a table of pages per row."""
 
@@ -200,7 +196,7 @@ class PagedStore(Store):
         bound = self.upper + step
         page = self.plan.page
         if int((-(-bound // page)).sum()) > self.free.shape[0] or int(bound.max()) > self.table.shape[1] * page:
-            refuse_overrun(self.top)
+            refuse_overrun(self.site(0))
             bound = self.length.long().cpu() + step
             self.upper = bound + page
             self.commit()

@@ -59,7 +59,7 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
 def _ring_bytes(plan: PolicyPlan) -> int:
     """The newest queries that scores may ask for, kept over pieces and turns."""
     facts = plan.facts
-    return facts.layers * facts.q_heads * max(plan.query_window, plan.peek) * facts.entry_bytes // 2
+    return facts.layers * facts.q_heads * plan.ring * facts.entry_bytes // 2
 
 
 def _slots(plan: PolicyPlan, parts: Sequence[Group], totals: Sequence[int], paged: bool) -> int:
