@@ -59,45 +59,67 @@ def _merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, 
 def attend_step(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As `reference.attend_step`."""
     kv_heads = plan.facts.kv_heads
-    out = q.new_zeros(q.shape[0], 1, q.shape[1], q.shape[3])
-    active = site.clock[:, Clock.NEW].nonzero().flatten()
-    rows = (active[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
-    _append(plan, site, active, rows, k, v)
+    clock = site.clock.tolist()
+    active = [b for b, line in enumerate(clock) if line[Clock.NEW]]
+    rows = [b * kv_heads + h for b in active for h in range(kv_heads)]
+    everyone = len(active) == len(clock)
+    if not everyone:
+        out = q.new_zeros(q.shape[0], 1, q.shape[1], q.shape[3])
+        q, k, v = q[active], k[active], v[active]
+    where = _append(plan, site, rows, [clock[b][Clock.START] for b in active], k, v)
     if any(s.add is not None for s in plan.states):
-        for b in active.tolist():
-            out[b, 0] = _read_and_grow(plan, site, b, q[b], scale)
+        read = torch.stack([_read_and_grow(plan, site, b, q[i], scale) for i, b in enumerate(active)])
     else:
-        grouped = q[active].reshape(len(rows), plan.facts.group, q.shape[3])
-        out[active] = _read(site, rows, grouped, scale).reshape(len(active), 1, q.shape[1], q.shape[3])
-    if site.ring.shape[2]:
-        for b in active.tolist():
-            reference.file_queries(site, b, q[b], 1, int(site.clock[b, Clock.START]))
+        read = _read(site, where, q.reshape(len(rows), plan.facts.group, q.shape[3]), scale)
+    read = read.reshape(len(active), 1, q.shape[1], q.shape[3])
+    window = site.ring.shape[2]
+    for i, b in enumerate(active if window else ()):
+        site.ring[b, :, clock[b][Clock.START] % window] = q[i, :, 0]
+    if everyone:
+        return read
+    out[active] = read
     return out
 
 
-def _append(plan: PolicyPlan, site: Site, active: Tensor, rows: Tensor, k: Tensor, v: Tensor) -> None:
-    """One new entry a row; the host has seen to it that every extent has room."""
-    length = site.length[rows].long()
-    slots = site.table[rows, 0] + length
-    pos = site.clock[active, Clock.START].repeat_interleave(plan.facts.kv_heads)
-    site.k[slots], site.v[slots] = (t[active, :, 0].reshape(len(rows), -1) for t in (k, v))
-    site.pos[slots], site.frozen[slots] = pos.int(), 0
+def _append(
+    plan: PolicyPlan, site: Site, rows: list[int], pos: list[int], k: Tensor, v: Tensor
+) -> list[tuple[int, int, int]]:
+    """One new entry a row, of a token at pos; the host has seen to it that every extent has room.
+
+    Returns (length, start, index) of each row, the new entry included.
+    """
+    lengths, table = site.length.tolist(), site.table.tolist()
+    slots = torch.tensor([table[row][0] + lengths[row] for row in rows])
+    new = torch.tensor(pos, dtype=torch.int32).repeat_interleave(plan.facts.kv_heads)
+    site.k.index_copy_(0, slots, k.reshape(len(rows), -1))
+    site.v.index_copy_(0, slots, v.reshape(len(rows), -1))
+    site.pos.index_copy_(0, slots, new)
+    site.frozen.index_fill_(0, slots, 0)
     for i, state in enumerate(plan.states):
-        site.state[i, slots] = entries_of_state(state, pos)
-    site.length[rows] = (length + 1).int()
+        site.state[i].index_copy_(0, slots, entries_of_state(state, new))
+    if len(rows) == len(lengths):
+        site.length.add_(1)
+    else:
+        site.length[rows] += 1
+    return [(lengths[row] + 1, table[row][0], i) for i, row in enumerate(rows)]
 
 
-def _read(site: Site, rows: Tensor, q: Tensor, scale: float) -> Tensor:
-    """Rows' packed queries q [rows, group, D] read their extents: [rows, group, D]."""
-    out = torch.empty_like(q)
-    where = sorted(zip(site.length[rows].tolist(), site.table[rows, 0].tolist(), range(len(rows)), strict=True))
-    for length, same in groupby(where, key=lambda w: w[0]):
+def _read(site: Site, where: list[tuple[int, int, int]], q: Tensor, scale: float) -> Tensor:
+    """Rows' packed queries q [rows, group, D] read their extents, given as (length, start, row): [rows, group, D]."""
+    out = None
+    for length, same in groupby(sorted(where), key=lambda w: w[0]):
         for start, stride, members in _strides([(start, i) for _, start, i in same]):
             shape = (len(members), 1, length, q.shape[2])
             step = (stride * q.shape[2], 0, q.shape[2], 1)
             keys, values = (t.as_strided(shape, step, start * q.shape[2]) for t in (site.k, site.v))
-            packed = q[members][:, None] if len(members) < len(rows) else q[members, None]
-            out[members] = F.scaled_dot_product_attention(packed, keys, values, scale=scale)[:, 0]
+            alike = members == list(range(len(where)))
+            packed = q[:, None] if alike else q[members, None]
+            read = F.scaled_dot_product_attention(packed, keys, values, scale=scale)[:, 0]
+            if alike:
+                return read
+            out = torch.empty_like(q) if out is None else out
+            out[members] = read
+    assert out is not None
     return out
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.counts import layer_counts
-from kvcompile.kernels.layout import Clock
+from kvcompile.kernels.counts import layer_counts, scalars_of
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
 from kvcompile.kernels.select import reads_next
 
@@ -47,6 +46,9 @@ class Sequences:
         self.each = [Progress() for _ in range(batch)]
         owner = torch.tensor(plan.class_of)
         self._rows = [owner == c for c in range(len(plan.classes))]  # bool [layers, kv_heads]
+        shared = {"prompt"} if any(count.share for count in plan.counts) else set[str]()
+        self._asked = sorted(shared.union(*(scalars_of(count) for count in plan.counts)))
+        self._latest: tuple[tuple[int, ...] | None, list[tuple[int, ...]]] = None, []
 
     def ahead(self) -> Sequences:
         """A copy to walk ahead on."""
@@ -62,17 +64,24 @@ class Sequences:
 
     def numbers(self, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
         """Clock int64 [batch, Clock.WIDTH] and counts int64 [layers, counts, batch] of the forward to come."""
-        clock = torch.zeros(len(pieces), Clock.WIDTH, dtype=torch.int64)
-        per_sequence = []
-        for b, (seq, piece) in enumerate(zip(self.each, pieces, strict=True)):
+        clock, per_sequence = [], []  # a line of clock: in the order of layout.Clock
+        for seq, piece in zip(self.each, pieces, strict=True):
             step = seq.steps + piece.step
-            clock[b] = torch.tensor([piece.new, piece.peek, seq.seen, seq.prompt, step, piece.ends])
-            now = seq.seen + piece.new - 1
-            scalars = {"prompt": seq.prompt, "now": max(now, 0), "chunk": piece.new, "step": step}
-            per_sequence.append([layer_counts(self.plan, i, scalars) for i in range(len(self.plan.counts))])
+            clock.append((piece.new, piece.peek, seq.seen, seq.prompt, step, int(piece.ends)))
+            scalars = {"prompt": seq.prompt, "now": max(seq.seen + piece.new - 1, 0), "chunk": piece.new, "step": step}
+            per_sequence.append(self._counts({name: scalars[name] for name in self._asked}))
         counts = torch.tensor(per_sequence, dtype=torch.int64)
         shape = (self.plan.facts.layers, len(self.plan.counts), len(pieces))
-        return clock, counts.permute(2, 1, 0).contiguous() if counts.numel() else counts.new_zeros(shape)
+        counts = counts.permute(2, 1, 0).contiguous() if counts.numel() else counts.new_zeros(shape)
+        return torch.tensor(clock, dtype=torch.int64), counts
+
+    def _counts(self, scalars: dict[str, int]) -> list[tuple[int, ...]]:
+        """The counts of every layer; most policies ask for the same ones step after step."""
+        key = tuple(scalars.values())
+        if key != self._latest[0]:
+            found = [layer_counts(self.plan, i, scalars) for i in range(len(self.plan.counts))]
+            self._latest = key, found
+        return self._latest[1]
 
     def fires(self, pieces: list[Piece], lengths: Tensor | None) -> Tensor:
         """Which class decides in which sequence, uint8 [classes, batch].

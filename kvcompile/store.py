@@ -97,6 +97,7 @@ class ExtentStore(Store):
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
         self.pools = [Pools(plan, 0, dtype, device) for _ in range(layers)]
         self.transient = 0  # largest old pool that stood beside its successor while entries moved
+        self.unsettled = True  # a prefill has been: its pools may be larger than what it left in them
 
     def site(self, layer: int) -> Site:
         pool = self.pools[layer]
@@ -107,6 +108,7 @@ class ExtentStore(Store):
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
         """Make the layer's pool large enough for rows of so many entries (their sum is what counts)."""
+        self.unsettled = True
         slots = sum(extent(b) for b in bounds)
         lengths = self.length[layer].tolist()
         slots = max(slots, sum(extent(n) for n in lengths if n))
@@ -115,17 +117,17 @@ class ExtentStore(Store):
 
     def reserve_step(self, active: Tensor) -> None:
         """Room for one more entry in every row of the active sequences (bool [batch]); gives back what is not used."""
-        full = (self.length + 1 > self.table[:, :, 1]) & active.repeat_interleave(self.plan.facts.kv_heads)
-        used = self.table[:, :, 1].sum(1)
+        full = (self.length >= self.table[:, :, 1]) & active.repeat_interleave(self.plan.facts.kv_heads)
+        if not bool(full.any()) and not self.unsettled:
+            return
+        self.unsettled = False
         for layer in range(self.plan.facts.layers):
-            slots = self.pools[layer].slots
-            if not bool(full[layer].any()) and slots <= 2 * int(used[layer]) + self.rows:
-                continue
-            need = {r: extent(n) for r, n in enumerate(self.length[layer].tolist())}
-            total = sum(need.values())
+            slots, need = self.pools[layer].slots, [extent(n) for n in self.length[layer].tolist()]
+            total = sum(need)
             if total > slots or 2 * total < slots:
                 self._resize(layer, total)
-            repack(self.site(layer), need)
+            if bool(full[layer].any()):
+                repack(self.site(layer), dict(enumerate(need)))
 
     def _resize(self, layer: int, slots: int) -> None:
         old, lengths = self.site(layer), self.length[layer].tolist()
