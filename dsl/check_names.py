@@ -32,6 +32,7 @@ def check_names(context: Context) -> None:
 
 def _declarations(context: Context) -> None:
     values: dict[str, str] = {name: "parameter" for name, _ in context.resolved.params}
+    prefixed: dict[str, set[tuple[ast.Prefix, ...]]] = {}
     units: dict[str, str] = {}  # units are named where nothing else can be, so `unit page(page)` is clear
 
     def declare(name: str, what: str, span: Span, names: dict[str, str] = values) -> None:
@@ -61,7 +62,12 @@ def _declarations(context: Context) -> None:
                 for landmark in clause.landmarks:
                     declare(landmark.name, "landmark", landmark.name_span)
             case ast.Score() | ast.Share() | ast.Pick() as clause:
-                declare(clause.name, type(clause).__name__.lower(), clause.name_span)
+                what = type(clause).__name__.lower()
+                # Below a prefix a name may mean something else than beside it: the nearest meaning counts.
+                known = prefixed.setdefault(clause.name, set())
+                if not known or placed.prefixes in known or values[clause.name] != what:
+                    declare(clause.name, what, clause.name_span)
+                known.add(placed.prefixes)
 
 
 def _reserved(context: Context, name: str, what: str, span: Span) -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from kvcompile.dsl import ast, words
 from kvcompile.dsl.axes import Env, axes_of, unit_of
 from kvcompile.dsl.check_scores import check_selection_score
-from kvcompile.dsl.context import Context, Linear, SetClause, linear, negative
+from kvcompile.dsl.context import WHOLE_COUNT, Context, Linear, SetClause, broken_count, linear, negative
 from kvcompile.dsl.diagnostics import did_you_mean
 from kvcompile.dsl.resolve import Placed
 
@@ -155,6 +155,10 @@ def _amount(context: Context, expr: ast.Expr, env: Env, fraction: bool, regions:
             expr,
             "counts are made of constants, len, prompt, chunk, now, step and shares",
         )
+        return
+    broken = broken_count(expr)
+    if broken is not None and not (fraction and 0 < broken < 1):
+        context.say("K205", f"a count of {float(broken):g} is no whole number of entries", expr, WHOLE_COUNT)
         return
     count = linear(expr)
     if count is not None and negative(count):

@@ -125,6 +125,18 @@ def constant(expr: ast.Expr) -> Fraction | None:
     return count.get("", Fraction(0))
 
 
+WHOLE_COUNT = "write a whole number; a part is written `10% of prompt`, or as a quotient"
+
+
+def broken_count(expr: ast.Expr) -> Fraction | None:
+    """A constant count with a fraction that no product, quotient or percentage made, so that nobody asked to cut it."""
+    value = constant(expr)
+    parts = list(expr.walk())
+    made = any(isinstance(part, ast.Binary) and part.op in ("*", "/") for part in parts)
+    made |= any(isinstance(part, ast.Number) and part.kind == "percent" for part in parts)
+    return None if made or value is None or value.denominator == 1 else value
+
+
 def _combined(op: str, left: Linear | None, right: Linear | None) -> Linear | None:
     if left is None or right is None:
         return None

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import SSAValue
+from xdsl.ir import Operation, SSAValue
 from xdsl.transforms.common_subexpression_elimination import cse
 
 from kvcompile.dsl import ast
 from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, fail
 from kvcompile.dsl.dialect_policy import ClassOp, HeadsOp, PolicyOp, StateOp, UnitOp
-from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, UnionOp
-from kvcompile.dsl.lower_expr import Builder, Scope, constant, refuse, whole
+from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, TopOp, UnionOp
+from kvcompile.dsl.lower_expr import Builder, Scope, constant, reads, refuse, whole
+from kvcompile.dsl.lower_heads import decides_for_all, parts_heads, reads_all_heads
 from kvcompile.dsl.lower_sets import lower_set, lower_triggers
 from kvcompile.dsl.module import Places, verify
 from kvcompile.dsl.resolve import Placed, Resolved
@@ -57,6 +58,8 @@ class _Lowering:
         self.findings: list[Diagnostic] = []
         self.units: dict[str, dict[str, str]] = {}  # unit -> landmark -> axes
         self.states: list[str] = []
+        self.over_heads: list[ast.Update] = []  # updates with a reduction over all heads of a layer
+        self.apart = False  # some selection lets the heads of a layer keep different entries
 
     def run(self) -> None:
         self.attempt(self.refuse_others)
@@ -68,6 +71,7 @@ class _Lowering:
         for head in self.resolved.heads:
             self.attempt(partial(self.heads, head.decl))
         self.keeps()
+        self.attempt(self.refuse_updates_over_heads)
         if self.findings:
             raise PolicyError(*self.findings)
 
@@ -130,6 +134,8 @@ class _Lowering:
             if change is not None:
                 _refuse_update(change.value, self.scope(placed))
                 add = self.builder.score(change.value, replace(self.scope(placed), states=frozenset()))
+                if reads_all_heads(add, self.ops):
+                    self.over_heads.append(change)
             self.builder.add(StateOp(assign.name, init, add), assign.span)
 
     def initial(self, assign: ast.Assign) -> SSAValue:
@@ -182,12 +188,40 @@ class _Lowering:
         for loser in node.losers:
             if not isinstance(loser, ast.Drop):
                 refuse("K908", f"`{loser.span.text}`", loser.span, "losers can be dropped")
-        value = lower_set(self.builder, node.set, self.scope(placed), frozenset(self.units))
+        scope = self.scope(placed)
+        _refuse_full(placed, node.set, scope)
+        value = lower_set(self.builder, node.set, scope, frozenset(self.units))
+        self.refuse_apart(value, node.set)
         triggers = lower_triggers(placed.triggers, frozenset(self.units))
         heads = placed.heads
         layers = _layer_ranges(placed.layers) if placed.layers is not None else None
         self.builder.add(ClassOp(name, heads, layers), (placed.prefixes[-1] if placed.prefixes else node).span)
         self.builder.add(KeepOp(name, value, triggers), node.span)
+
+    def refuse_apart(self, value: SSAValue, node: ast.SetUnion) -> None:
+        """What reads all heads goes through their rows column by column: no selection may tell these rows apart."""
+        assert isinstance(value.owner, UnionOp)
+        tops = [
+            (term.owner, written.span)
+            for term, written in zip(value.owner.terms, node.terms, strict=True)
+            if isinstance(term.owner, TopOp)
+        ]
+        apart = [span for top, span in tops if parts_heads(top, self.ops)]
+        self.apart |= bool(apart)
+        if apart and any(decides_for_all(top, self.ops) for top, _ in tops):
+            refuse("K904", "a selection in which heads differ, in a set that also decides for all heads at once,",
+                   apart[0], "give every selection of the set `shared heads`, or none, and leave out `[h]`")  # fmt: skip
+
+    def refuse_updates_over_heads(self) -> None:
+        classes = any(placed.heads is not None for placed in self.resolved.of(ast.Keep))
+        if self.over_heads and (classes or self.apart):
+            why = "head classes" if classes else "selections in which heads differ"
+            refuse("K906", f"an update over all heads (`[h]`) in a policy that has {why}",
+                   self.over_heads[0].value.span, "leave out `[h]`, or let all heads share one decision")  # fmt: skip
+
+    @property
+    def ops(self) -> list[Operation]:
+        return list(self.builder.block.ops)
 
     def default(self, name: str) -> None:
         """What no clause says anything about keeps all."""
@@ -243,10 +277,10 @@ def _refuse_update(node: ast.Expr, scope: Scope) -> None:
     """Updates run query by query (rule 19): only what is linear down to its `sum[q]` is the same for any cut."""
     match node:
         case ast.Reduce(fn="sum", axes=(ast.Axis(name="q", source=None),)):
-            for part in node.body.walk():
+            for part in reads(node.body, scope):
                 bad = isinstance(part, ast.Reduce) and any(axis.name in "qi" for axis in part.axes)
                 bad |= isinstance(part, ast.Call) and part.fn in ("maxpool", "avgpool")
-                bad |= isinstance(part, ast.Name) and (part.id in kv.SCALARS or part.id == "age")
+                bad |= isinstance(part, ast.Name) and (part.id in kv.SCALARS or part.id in ("age", "logit"))
                 if bad or (isinstance(part, ast.Name) and part.id in scope.states):
                     refuse("K906", f"`{part.span.text}` in an update", part.span, "such as `acc += sum[q] attn`")
         case ast.Reduce(fn="mean" | "sum", axes=axes) if all(axis.name in "gh" for axis in axes):
@@ -259,6 +293,21 @@ def _refuse_update(node: ast.Expr, scope: Scope) -> None:
             _refuse_update(scope.scores[name].value, scope)
         case _:
             refuse("K906", f"the update `{node.span.text}`", node.span, "such as `acc += mean[g] sum[q] attn`")
+
+
+def _refuse_full(placed: Placed, node: ast.SetUnion, scope: Scope) -> None:
+    """`full` fires by the length of a row, which a budget that rows or layers divide among themselves leaves open."""
+    full = next((trigger for trigger in placed.triggers if trigger.name == "full"), None)
+    if full is None:
+        return
+    for term in node.terms:
+        if not isinstance(term, ast.Selection):
+            continue
+        shared = isinstance(term.amount, ast.Name) and term.amount.id in scope.shares
+        if shared or any(given.kind == "across" for given in term.scopes):
+            what = f"the share `{term.amount.span.text}`" if shared else "`across heads`"
+            refuse("K903", f"`{full.span.text}` with {what} in its set", full.span,
+                   "use `step` or `every(n)`, or a count that is the same for every row")  # fmt: skip
 
 
 def class_name(placed: Placed, others: tuple[Placed, ...]) -> str:

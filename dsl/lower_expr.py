@@ -7,7 +7,7 @@ numbers stay exact; every operation carries the place that it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NoReturn, TypeVar
@@ -16,6 +16,7 @@ from xdsl.ir import Block, Operation, SSAValue
 
 from kvcompile.dsl import ast
 from kvcompile.dsl import dialect as kv
+from kvcompile.dsl.context import WHOLE_COUNT, broken_count
 from kvcompile.dsl.diagnostics import fail
 from kvcompile.dsl.module import Places
 from kvcompile.dsl.source import Span
@@ -194,8 +195,12 @@ class Builder:
         scope = replace(scope, numbers=_IN_COUNTS)
         if isinstance(node, ast.Name) and node.id in scope.shares:
             share = scope.shares[node.id]
+            _refuse_total(share, scope)
             amount = self.expr(share.total, replace(scope, shares={}))
             return self.add(kv.CountOp(label, amount, _share(share, scope)), node.span).res
+        broken = broken_count(node)
+        if broken is not None:
+            raise fail("K205", f"`{node.span.text}` is no whole number of entries", node.span, WHOLE_COUNT)
         amount = self.expr(node, scope)
         if kv.axes_of(amount):
             raise fail("K211", "a count is one number per row", node.span, "use constants and run-time numbers")
@@ -287,6 +292,22 @@ def _share(share: ast.Share, scope: Scope) -> tuple[str, Fraction]:
     if beta is None or beta < 1:
         raise fail("K109", "pyramid takes a number of at least 1", share.by.span, "such as pyramid(20)")
     return "pyramid", beta
+
+
+def _refuse_total(share: ast.Share, scope: Scope) -> None:
+    """A share is divided once, when the prompt is there: its total cannot move afterwards."""
+    for part in reads(share.total, scope):
+        name = part.of if isinstance(part, ast.Portion) else part.id if isinstance(part, ast.Name) else "prompt"
+        if name != "prompt" and name not in scope.scores:
+            refuse("K914", f"a share whose total reads `{name}`", part.span, "use numbers and `of prompt`")
+
+
+def reads(node: ast.Expr, scope: Scope) -> Iterator[ast.Node]:
+    """The nodes of an expression and of the scores that it names."""
+    for part in node.walk():
+        yield part
+        if isinstance(part, ast.Name) and part.id in scope.scores:
+            yield from reads(scope.scores[part.id].value, _without(scope, part.id))
 
 
 def _without(scope: Scope, name: str) -> Scope:

@@ -46,6 +46,8 @@ def _region(builder: Builder, term: ast.Region, scope: Scope, units: frozenset[s
     if kind != "random" and kind in COUNTED and len(args) == 1 and not term.named:
         if kind == "stride":
             whole(args[0], scope, 1)
+        if isinstance(args[0], ast.Number) and args[0].kind == "percent":
+            raise fail("K210", f"`{args[0].span.text}` does not say of what", args[0].span, "such as `10% of prompt`")
         return builder.add(RegionOp(kind, builder.count(args[0], scope)), term.span).res
     return refuse("K902", f"the region `{term.span.text or kind}`", term.span)
 
@@ -89,8 +91,10 @@ def _scopes(term: ast.Selection, units: frozenset[str]) -> tuple[str, Fraction |
                 floor = _floor(scope)
             case _:
                 refuse("K904", f"`{scope.span.text}`", scope.span, "per head, per UNIT, shared heads, across heads")
+    if competing == "shared" and unit is not None:
+        refuse("K904", "one decision for all heads and per unit at once", term.span, "leave out one of the two scopes")
     if competing == "across" and unit is not None:
-        refuse("K904", "competing across heads and per unit at once", term.span)
+        refuse("K904", "competing across heads and per unit at once", term.span, "leave out one of the two scopes")
     return competing, floor, unit
 
 

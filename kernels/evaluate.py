@@ -112,11 +112,11 @@ class _Evaluator:
         n, count = self.rows.pos.shape
         if self.columns is None:
             return value.expand(n, 1, 1, 1, count, 1).reshape(n, count)
-        flat = torch.zeros(n, count + 1)
+        flat = torch.zeros(n, count + 1, device=value.device)
         columns = torch.where(self.columns < 0, count, self.columns)
         units, size = columns.shape[1:]
         value = value.expand(n, 1, 1, units, size, 1).reshape(n, units * size)
-        return flat.to(value.device).scatter(1, columns.reshape(n, -1), value)[:, :count]
+        return flat.scatter(1, columns.reshape(n, -1), value)[:, :count]
 
     def _value(self, expr: Expr) -> Tensor:
         if expr not in self.memo:
@@ -135,7 +135,7 @@ class _Evaluator:
     def _const(self, expr: Expr) -> Tensor:
         value = expr.value
         assert isinstance(value, (Fraction, int, float))
-        return torch.tensor(float(value)).reshape(1, 1, 1, 1, 1, 1)
+        return torch.full((1, 1, 1, 1, 1, 1), float(value), device=self.rows.pos.device)
 
     def _scalar(self, expr: Expr) -> Tensor:
         known = {"now": self.rows.now, "prompt": self.rows.prompt, "len": self.rows.resident.sum(1)}
@@ -176,9 +176,9 @@ class _Evaluator:
         fn, axis = words_of(expr)
         x = self._value(expr.args[0])
         if axis == "i":
-            return _masked(fn, x, self._mask(expr.args[0]))
+            return _masked(fn, x, self._mask(expr.args[0]), E)
         if axis == "q":
-            return _over_queries(fn, x, self._query_count(expr.args[0]))
+            return _masked(fn, x, self._present(expr.args[0]), Q)
         dims = (H, G) if axis == "h" else (_DIM[axis],)
         if fn == "softmax":
             return torch.softmax(x, dims[0])
@@ -186,12 +186,12 @@ class _Evaluator:
             return getattr(torch, "a" + fn)(x, dims, keepdim=True)
         return getattr(torch, fn)(x, dims, keepdim=True)
 
-    def _query_count(self, expr: Expr) -> Tensor:
-        """How many queries there really are, per row: absent ones count in no mean."""
-        source = next(evidence_of(n)[1] for n in expr.walk() if n.op == "evidence")
-        if self.rows.queries is None:
-            return torch.tensor(1.0)
-        return (self.rows.queries[source].pos >= 0).sum(1).float().reshape(-1, 1, 1, 1, 1, 1)
+    def _present(self, expr: Expr) -> Tensor:
+        """Which of the queries that a reduction over `q` closes there really are, per row: bool, axes h and q."""
+        source = _source_of_open_queries(expr)
+        if source is None or self.rows.queries is None:
+            return torch.ones((1, 1, 1, 1, 1, 1), dtype=torch.bool, device=self.rows.pos.device)
+        return (self.rows.queries[source].pos >= 0)[:, None, :, None, None, None]
 
     def _pool(self, expr: Expr) -> Tensor:
         assert isinstance(expr.value, tuple)
@@ -246,32 +246,42 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, torch.zeros((), dtype=a.dtype, device=a.device), a / b)
 
 
-def _masked(fn: str, x: Tensor, mask: Tensor) -> Tensor:
-    """A reduction over `i` that sees resident entries only; softmax keeps the axis. Variance is the sample variance."""
+def _source_of_open_queries(expr: Expr) -> QuerySource | None:
+    """Whose queries the axis `q` of a formula is: that of its evidence which no reduction inside has closed."""
+    if expr.op == "evidence":
+        return evidence_of(expr)[1]
+    if expr.op == "reduce" and words_of(expr)[1] == "q" and words_of(expr)[0] != "softmax":
+        return None
+    return next((found for arg in expr.args if (found := _source_of_open_queries(arg)) is not None), None)
+
+
+def _masked(fn: str, x: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """A reduction that sees only what `mask` says is there; softmax keeps the axis. Variance is the sample variance.
+
+    What is not there may hold anything, infinities and NaN too, so it is replaced and never multiplied by 0.
+    """
     if fn == "softmax":
-        return torch.softmax(x.masked_fill(~mask, NEG_INF), E).nan_to_num(0.0)
+        return torch.softmax(_or_else(mask, x, NEG_INF), dim).nan_to_num(0.0)
     if fn in ("min", "max"):
         fill = float("inf") if fn == "min" else NEG_INF
-        out = getattr(torch, "a" + fn)(x.masked_fill(~mask, fill), E, keepdim=True)
-        return torch.where(mask.any(E, keepdim=True), out, 0.0)
-    total = (x * mask).sum(E, keepdim=True)
+        out = getattr(torch, "a" + fn)(_or_else(mask, x, fill), dim, keepdim=True)
+        return torch.where(mask.any(dim, keepdim=True), out, 0.0)
+    total = _or_else(mask, x, 0.0).sum(dim, keepdim=True)
     if fn == "sum":
         return total
-    count = mask.sum(E, keepdim=True).float()
+    count = mask.sum(dim, keepdim=True).float()
     mean = _divide(total, count)
     if fn == "mean":
         return mean
-    var = _divide((((x - mean) * mask) ** 2).sum(E, keepdim=True), count - 1)
+    var = _divide((_or_else(mask, x - mean, 0.0) ** 2).sum(dim, keepdim=True), count - 1)
     return var if fn == "var" else var.sqrt()
 
 
-def _over_queries(fn: str, x: Tensor, count: Tensor) -> Tensor:
-    # Absent queries have attn 0 by `evidence`, so a sum needs no mask and a mean only its true divisor.
-    if fn == "sum":
-        return x.sum(Q, keepdim=True)
-    if fn == "mean":
-        return _divide(x.sum(Q, keepdim=True), count.to(x.device))
-    return getattr(torch, "a" + fn)(x, Q, keepdim=True)
+def _or_else(mask: Tensor, x: Tensor, fill: float) -> Tensor:
+    """x where the mask says so, else `fill`; no copy in the usual case that everything is there."""
+    if bool(mask.all()):
+        return x.expand(torch.broadcast_shapes(x.shape, mask.shape))
+    return torch.where(mask, x, fill)
 
 
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -28,7 +28,7 @@ class Backend(Protocol):
     name: str
 
     def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
-    def observe(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, scale: float) -> Tensor: ...
+    def observe(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
     def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
     def evict_prefill(
         self,
@@ -97,13 +97,14 @@ def program(site: str) -> Program:
 
 
 def _anchor(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, phase: str, site: str) -> Tensor:
+    plan = program(site).plan
     if phase == "step":
         out = _attend_step(q, k, v, store, scale, site)
-        _evict_step(store, 1, scale, site)
+        if plan.evicts_in_step:
+            _evict_step(store, 1, scale, site)
         return out
-    plan = program(site).plan
     out = _attend_prefill(q, k, v, store, scale, site)
-    state = _observe(q, k, store, scale, site) if plan.states else None
+    state = _observe(q, k, v, store, scale, site) if plan.states else None
     for cls in range(len(plan.classes)):
         if fires_in(plan, cls, phase):
             _evict_prefill(q, k, v, state, store, scale, cls, site)
@@ -125,9 +126,9 @@ def _attend_prefill(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale:
     return p.backend.attend_prefill(p.plan, Site(*store), q, k, v, scale)
 
 
-def _observe(q: Tensor, k: Tensor, store: list[Tensor], scale: float, site: str) -> Tensor:
+def _observe(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, site: str) -> Tensor:
     p = program(site)
-    return p.backend.observe(p.plan, Site(*store), q, k, scale)
+    return p.backend.observe(p.plan, Site(*store), q, k, v, scale)
 
 
 def _attend_step(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, site: str) -> Tensor:
@@ -158,7 +159,7 @@ def _like_output(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
-def _like_state(q: Tensor, k: Tensor, store: list[Tensor], *_: object) -> Tensor:
+def _like_state(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], *_: object) -> Tensor:
     return q.new_empty((store[Site._fields.index("state")].shape[0], *k.shape[:3]), dtype=torch.float32)
 
 
@@ -177,7 +178,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _like_output,
     ),
     "attend_step_v1": (f"({_qkv}, Tensor(a!)[] store, float scale, str site) -> Tensor", _attend_step, _like_output),
-    "observe_v1": ("(Tensor q, Tensor k, Tensor(a!)[] store, float scale, str site) -> Tensor", _observe, _like_state),
+    "observe_v2": (f"({_qkv}, Tensor(a!)[] store, float scale, str site) -> Tensor", _observe, _like_state),
     "insert_v1": (
         "(Tensor k, Tensor v, Tensor? state, Tensor(a!)[] store, int cls, str site) -> ()",
         _insert,

@@ -6,6 +6,7 @@ somebody else's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from kvcompile.kernels.evaluate import Queries, Rows, score
 from kvcompile.kernels.gather import Fresh, entries_of_state, gather_rows, sequence
 from kvcompile.kernels.layout import Clock, Site, write
-from kvcompile.kernels.plan import PolicyPlan, QuerySource
+from kvcompile.kernels.plan import PolicyPlan, QuerySource, StatePlan
 
 BLOCK = 256  # queries whose probabilities are held at a time
 FORWARD = QuerySource("forward")
@@ -63,30 +64,44 @@ def file_queries(site: Site, b: int, q: Tensor, real: int, start: int) -> None:
     site.ring[b, :, slots] = q[:, first:real].to(site.ring.dtype)
 
 
-def observe(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, scale: float) -> Tensor:
+def growth(states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str, Tensor]:
+    """What a piece's queries add to each state: name -> float32 [kv_heads, n], in the rows' order.
+
+    Runs block by block over queries, whose sums add up.
+    """
+    heads = len(rows.pos)
+    grown = {s.name: torch.zeros_like(rows.state[s.name]) for s in states if s.add is not None}
+    for at in range(0, fresh.real, BLOCK):
+        block = slice(at, min(at + BLOCK, fresh.real))
+        queries = Queries(fresh.q[:, :, block], fresh.pos[block].expand(heads, -1))
+        part = replace(rows, queries={FORWARD: queries}, now=fresh.pos[block.stop - 1].expand(heads))
+        for state in states:
+            if state.add is not None:
+                grown[state.name] += score(state.add, part, rows.resident)
+    return grown
+
+
+Growth = Callable[[tuple[StatePlan, ...], Rows, Fresh], dict[str, Tensor]]
+
+
+def observe(
+    plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, growth: Growth = growth
+) -> Tensor:
     """`on attend` for a piece: every state grows by what the piece's real queries give it.
 
     Resident entries' states change in place; returns those of the piece's entries, float32
-    [states, B, kv_heads, m], right-aligned. Runs block by block over queries, whose sums add up.
+    [states, B, kv_heads, m], right-aligned. A backend may bring its own `growth`, with the same meaning.
     """
     facts = plan.facts
     out = torch.zeros(len(plan.states), q.shape[0], facts.kv_heads, q.shape[2], device=q.device)
     heads = list(range(facts.kv_heads))
     for b in range(site.batch):
-        fresh = sequence(site, b, q, k, k, None, facts.kv_heads)
+        fresh = sequence(site, b, q, k, v, None, facts.kv_heads)
         if not fresh.real:
             continue
         fresh = _real_only(plan, fresh)
         rows, order, index = gather_rows(plan, site, [b], heads, True, scale, fresh)
-        resident = rows.resident
-        grown = {s.name: torch.zeros_like(rows.state[s.name]) for s in plan.states if s.add is not None}
-        for at in range(0, fresh.real, BLOCK):
-            block = slice(at, min(at + BLOCK, fresh.real))
-            queries = Queries(fresh.q[:, :, block], fresh.pos[block].expand(len(heads), -1))
-            part = replace(rows, queries={FORWARD: queries}, now=fresh.pos[block.stop - 1].expand(len(heads)))
-            for state in plan.states:
-                if state.add is not None:
-                    grown[state.name] += score(state.add, part, resident)
+        grown = growth(plan.states, rows, fresh)
         for i, state in enumerate(plan.states):
             total = rows.state[state.name] + grown.get(state.name, 0.0)
             total = torch.zeros_like(total).scatter(1, order, total)

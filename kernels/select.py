@@ -31,7 +31,10 @@ class Plainly:
 
     @staticmethod
     def choose(term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
-        """The winners, bool [rows, n]: n int64 [rows] of each row's candidates, as the scope says."""
+        """The winners, bool [rows, n], as the scope says.
+
+        n int64 [rows]: of each row's candidates; where rows compete (`across`), the number of all of them, on each row.
+        """
         values = -values if term.rank == "bottom" else values
         if term.scope == "head":
             return best(values, candidates, n)
@@ -100,13 +103,15 @@ def _select(
         ready = _full(rows, unit, needs_next=reads_next(term, unit))
         taken = taken | (candidates & ~ready)
         candidates &= ready
-    budget = _group_budget(term, candidates, torch.zeros_like(rows.now) if term.count is None else numbers[term.count])
+    together = term.scope == "across" and unit is None
+    count = torch.zeros_like(rows.now) if term.count is None else numbers[term.count]
+    budget = _group_budget(term, _of_group(candidates.sum(1), together), _of_group(count, together))
     watched = torch.zeros_like(candidates)
     if term.observed:
         # They count within n, so they are winners like the others.
         watched = candidates & ends[:, None] & (rows.pos > (rows.now - term.observed)[:, None])
         candidates &= ~watched
-        budget = (budget - watched.sum(1)).clamp(min=0)
+        budget = (budget - _of_group(watched.sum(1), together)).clamp(min=0)
     values = means.score(term, rows, candidates, unit)
     if unit is not None:
         chosen = _per_unit(term, rows, values, candidates, unit, budget)
@@ -115,11 +120,16 @@ def _select(
     return taken | watched | chosen, watched | chosen
 
 
+def _of_group(numbers: Tensor, together: bool) -> Tensor:
+    """One number per row, int64 [rows]; of rows that compete, their sum on each row."""
+    return numbers.sum().expand_as(numbers) if together else numbers
+
+
 def _group_budget(term: Selection, candidates: Tensor, budget: Tensor) -> Tensor:
-    """A bare fraction is of the group's own candidates, exact and truncated once."""
+    """A bare fraction is of the group's own `candidates` (how many there are), exact and truncated once."""
     if term.fraction is None:
         return budget
-    return candidates.sum(1) * term.fraction.numerator // term.fraction.denominator
+    return candidates * term.fraction.numerator // term.fraction.denominator
 
 
 def best(values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
@@ -142,10 +152,10 @@ def _order(values: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _across(term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
-    """Heads compete for n times the heads: floors first, then raw scores; ties to the older, then the lower head."""
-    floor = n * term.floor.numerator // term.floor.denominator
+    """Heads compete for n [rows], the same on each: floors first, then raw scores; ties to the older, the lower head."""
+    floor = n * term.floor.numerator // (term.floor.denominator * len(n))  # of the equal share, truncated once
     safe = best(values, candidates, floor)
-    left = int(n.sum() - safe.sum())
+    left = int(n[0] - safe.sum())
     order = torch.argsort(rows.pos.flatten(), stable=True)
     open_ = (candidates & ~safe).flatten()[order]
     chosen = best(values.flatten()[order][None], open_[None], torch.tensor([left], device=values.device))[0]
@@ -161,7 +171,7 @@ def _per_unit(
     there = flat >= 0
     index = flat.clamp(min=0)
     group = (candidates.gather(1, index) & there).reshape(heads * units, size)
-    n = _group_budget(term, group, budget.repeat_interleave(units))
+    n = _group_budget(term, group.sum(1), budget.repeat_interleave(units))
     values = -values if term.rank == "bottom" else values
     chosen = best(values.gather(1, index).reshape(heads * units, size), group, n).reshape(heads, -1)
     out = torch.zeros(heads, candidates.shape[1] + 1, dtype=torch.bool, device=values.device)

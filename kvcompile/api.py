@@ -7,6 +7,7 @@ takes away again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +32,19 @@ class Optimized:
     """What `optimize` leaves on a model: how it was compiled, and the way back."""
 
     def __init__(
-        self, compiled: Compiled, forward: OptimizedForward, sites: tuple[AttentionSite, ...], backend: str, before: str
+        self,
+        compiled: Compiled,
+        forward: OptimizedForward,
+        sites: tuple[AttentionSite, ...],
+        backend: str,
+        configs: list[tuple[nn.Module, Any]],
+        generate: Any,
+        request: tuple[Any, dict[str, Any]],
     ) -> None:
-        self.compiled, self.forward, self.sites, self.backend, self.before = compiled, forward, sites, backend, before
+        self.compiled, self.forward, self.sites, self.backend = compiled, forward, sites, backend
+        self.configs = configs  # every module with the configuration that it had
+        self.generate = generate  # an instance's own generate, where it had one
+        self.request = request  # policy and options, as they were given
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise no_copies()
@@ -76,16 +87,20 @@ def optimize(
     layers = Layers(compiled.plan.name, inner)
     scale = float(sites[0].attention.scaling)  # type: ignore[arg-type]
     tail = gathered_evictions(compiled.plan, key, scale, len(Site._fields))
-    dtype = next(sites[0].attention.parameters()).dtype
-    engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, dtype, inner != "off")
-    before = str(model.config._attn_implementation)  # type: ignore[union-attr]
-    model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+    engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, scale, inner != "off")
     forward = OptimizedForward(model, engine)
-    for site in sites:
-        site.layer.forward = LayerForward(layers, site.layer, site.index)
-    model.forward = forward
-    model.__dict__["generate"] = _checked_generate(model)
-    model.__dict__["_kvcompile"] = Optimized(compiled, forward, sites, chosen, before)
+    before = vars(model).get("generate")
+    request = (policy, {"backend": backend, "compile": compile, "name": name, "tables": tables, **params})
+    model.__dict__["_kvcompile"] = Optimized(compiled, forward, sites, chosen, _own_config(model), before, request)
+    try:
+        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        for site in sites:
+            site.layer.forward = LayerForward(layers, site.layer, site.index)
+        model.forward = forward
+        model.__dict__["generate"] = _checked_generate(model)
+    except BaseException:
+        restore(model)
+        raise
     return model
 
 
@@ -94,14 +109,29 @@ def restore(model: nn.Module) -> nn.Module:
     state = vars(model).pop("_kvcompile", None)
     if state is None:
         return model
+    state.forward.closed = True
     _put_back(model, state.forward, state.forward.original)
     for site in state.sites:
         own = vars(site.layer).get("forward")
         if isinstance(own, LayerForward):
             _put_back(site.layer, own, own.plain)
     vars(model).pop("generate", None)
-    model.set_attn_implementation(state.before)  # type: ignore[operator]
+    if state.generate is not None:
+        model.__dict__["generate"] = state.generate
+    for module, config in state.configs:
+        module.config = config
     return model
+
+
+def _own_config(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Give the model a copy of its configuration: other models may share the object, and their attention is theirs."""
+    old = model.config
+    new = copy.deepcopy(old)
+    pairs = {id(old): new} | {id(getattr(old, key)): getattr(new, key) for key in getattr(old, "sub_configs", ())}
+    found = [(m, m.config) for m in model.modules() if id(getattr(m, "config", None)) in pairs]
+    for module, config in found:
+        module.config = pairs[id(config)]
+    return found
 
 
 def _put_back(module: nn.Module, ours: Any, original: Any) -> None:
@@ -115,11 +145,16 @@ def _put_back(module: nn.Module, ours: Any, original: Any) -> None:
 
 @contextlib.contextmanager
 def use(model: nn.Module, policy: Any, **options: Any) -> Iterator[nn.Module]:
-    """`optimize` for a block; the model is restored when the block ends, however it ends."""
+    """`optimize` for a block; when it ends, however it ends, the model is what it was before: untouched, or
+    optimised for the policy that it had."""
+    former = vars(model).get("_kvcompile")
+    optimize(model, policy, **options)
     try:
-        yield optimize(model, policy, **options)
+        yield model
     finally:
         restore(model)
+        if former is not None:
+            optimize(model, former.request[0], **former.request[1])
 
 
 def optimized(model: nn.Module) -> Optimized:
@@ -152,8 +187,8 @@ def _inner(compile: str, backend: str) -> str:
     return compile
 
 
-# docs/architecture.md has the figures behind these.
-AUTO = {"reference": "off", "cpu": "eager", "triton": "eager"}
+# docs/architecture.md has the figures behind these; `triton` has not been measured yet.
+AUTO = {"reference": "off", "cpu": "off", "triton": "eager"}
 
 
 def _checked_generate(model: nn.Module) -> Any:
@@ -162,7 +197,8 @@ def _checked_generate(model: nn.Module) -> Any:
 
     @functools.wraps(original)  # type: ignore[arg-type]
     def generate(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("generation_config") or model.generation_config
+        positional = args[1] if len(args) > 1 else None
+        given = kwargs.get("generation_config") or positional or model.generation_config
 
         def option(key: str) -> Any:
             return kwargs.get(key) if kwargs.get(key) is not None else getattr(given, key, None)
@@ -177,6 +213,8 @@ def _checked_generate(model: nn.Module) -> Any:
             raise KvCompileError(
                 "prefill_chunk_size is not supported: write `at chunk(n)` in the policy, it cuts the prompt"
             )
+        if option("use_cache") is False:
+            raise KvCompileError("use_cache=False contradicts a cache policy: restore the model to run without a cache")
         if option("penalty_alpha"):
             raise KvCompileError("contrastive search is not supported yet: it needs several futures of one cache")
         if option("cache_implementation"):

@@ -31,7 +31,7 @@ class KvCache(Cache):
         self.store = (PagedStore if paged else ExtentStore)(plan, batch, dtype, device)
         self.sequences = Sequences(plan, batch)
         self.run = Run(plan, self.store, batch)
-        weakref.finalize(self, self.run.close)
+        weakref.finalize(self, self.run.close).atexit = False
 
     def positions(self, layer: int, row: int = 0) -> list[Tensor]:
         """Resident original positions of sequence `row`: one sorted int64 tensor per KV head."""

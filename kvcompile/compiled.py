@@ -34,12 +34,16 @@ class Anchor(NamedTuple):
 
 @dataclass
 class Call:
-    """One forward of the whole model: its phase, program, sites in layer order, and whether graphs are used."""
+    """One forward of the whole model: its phase, program, sites in layer order, and whether graphs are used.
+
+    `opened`: layers whose graph ran without the evictions of a step, which are still to come.
+    """
 
     phase: str
     site: str
     sites: list[Site]
     compiled: bool
+    opened: list[int] = field(default_factory=list)
 
 
 def attention(
@@ -58,6 +62,11 @@ def attention(
         raise KvCompileError(
             "an optimised model's layers run only inside the model's own forward: call the model itself"
         )
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise KvCompileError(f"{type(module).__name__} asks for {name}, which is not supported yet")
+    if attention_mask is not None:
+        raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site)
     return out, None
@@ -95,7 +104,8 @@ class Layers:
     def run(self, call: Call, layer: nn.Module, index: int, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One decoder layer's forward under a call."""
         kwargs["kvc"] = Anchor(call.phase, call.site, list(call.sites[index]))
-        if not call.compiled or self.breaks or "forward" in vars(type(plain)):
+        # A forward that someone else has put there does more than the class's own, so it runs as it is.
+        if not call.compiled or self.breaks or getattr(plain, "__func__", None) is not type(layer).forward:
             return plain(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         key = (call.phase, type(layer))
@@ -105,11 +115,13 @@ class Layers:
             _mark_lengths(hidden, kwargs)
         _mark_pools(call.sites[index])
         try:
-            return self._callables[key](layer, *args, **kwargs)
+            out = self._callables[key](layer, *args, **kwargs)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             # Eager anchors mean the same, so the run goes on; the report says that a graph broke and why.
             self.breaks.append(str(error))
             return plain(*args, **kwargs)
+        call.opened.append(index)
+        return out
 
     def _backend(self, phase: str) -> Callable[..., Any]:
         def backend(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from kvcompile.cache import KvCache
-from kvcompile.compiled import Call, Layers, no_copies
+from kvcompile.compiled import ATTENTION, Call, Layers, no_copies
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
 from kvcompile.reserve import reserve_prefill
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
-from kvcompile.store import to_device
+from kvcompile.store import PagedStore, to_device
 from kvcompile.stub import StubCache
 
 
@@ -34,7 +34,7 @@ class Engine:
     paged: bool
     layers: Layers
     tail: fx.GraphModule | None
-    dtype: torch.dtype
+    scale: float
     compiled: bool
 
 
@@ -44,8 +44,9 @@ class OptimizedForward:
     def __init__(self, model: Any, engine: Engine) -> None:
         self.original = model.forward
         self.engine = engine
-        self.run: Any = None  # account of the latest cache
+        self.run: Any = None  # account of the cache that ran last
         self.model = model
+        self.closed = False
         functools.update_wrapper(self, self.original)
 
     def __call__(
@@ -60,35 +61,54 @@ class OptimizedForward:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
+        if self.closed:  # restored, but someone's wrapper still calls us
+            return self.original(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+                logits_to_keep=logits_to_keep, **kwargs,
+            )  # fmt: skip
         _refuse_unsupported(self.model, kwargs)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise KvCompileError("give exactly one of input_ids and inputs_embeds")
         as_tuple = kwargs.pop("return_dict", None) is False
-        with torch.no_grad():
+        # A cache outlives the mode that it was made in, and inference tensors could not be written to later.
+        with torch.inference_mode(False), torch.no_grad():
             cache = self._cache(past_key_values, tokens)
             columns = columns_of(tokens, attention_mask)
             _check_positions(cache, columns, position_ids)
+            if _wants_hidden_states(self.model, kwargs):
+                _refuse_pieces(self.engine.plan, columns, tokens.shape[1])
             output = self._forward(tokens, columns, cache, logits_to_keep, kwargs, input_ids is None)
+            cache.columns += tokens.shape[1]
+            cache.store.settle()
+            output.past_key_values = cache if use_cache is not False else None
             if labels is not None:
-                output.loss = self.model.loss_function(output.logits, labels, self.model.config.vocab_size)
-        output.past_key_values = cache
+                loss = self.model.loss_function(output.logits, labels, self.model.config.vocab_size, **kwargs)
+                output = type(output)(loss=loss, **{key: value for key, value in output.items() if key != "loss"})
         return output.to_tuple() if as_tuple else output
 
     def _cache(self, past: Any, tokens: Tensor) -> KvCache:
+        engine = self.engine
         if past is not None and not isinstance(past, KvCache) and past.get_seq_length() > 0:
             raise KvCompileError(
                 f"past_key_values is a {type(past).__name__} that already holds tokens; an optimised model continues "
                 "only a KvCache of its own (take it from `past_key_values` of an earlier output)"
             )
         if isinstance(past, KvCache):
-            if past.plan.digest != self.engine.plan.digest:
-                raise KvCompileError("this KvCache was filled under another policy or model")
+            if past.plan.digest != engine.plan.digest or isinstance(past.store, PagedStore) != engine.paged:
+                raise KvCompileError("this KvCache was filled under another policy, model or backend")
             if past.batch != tokens.shape[0]:
                 raise KvCompileError(f"this KvCache holds {past.batch} sequences, the input {tokens.shape[0]}")
+            self.run = past.run
             return past
         self.run = None  # a finished run's memory goes before the new one's comes
-        cache = KvCache(self.engine.plan, tokens.shape[0], self.engine.paged, self.engine.dtype, tokens.device)
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        if str(dtype) != f"torch.{engine.plan.facts.dtype}":
+            raise KvCompileError(
+                f"the model is {dtype} now, and was torch.{engine.plan.facts.dtype} when optimised: optimise it again"
+            )
+        cache = KvCache(engine.plan, tokens.shape[0], engine.paged, dtype, tokens.device)
         self.run = cache.run
         return cache
 
@@ -96,28 +116,33 @@ class OptimizedForward:
         self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], embeds: bool
     ) -> Any:
         """Steps and prefills of one call; a batch that mixes them runs once for each kind."""
-        stepping = [len(c) == 1 and s.prefilled for c, s in zip(columns, cache.sequences.each, strict=True)]
-        cache.columns += tokens.shape[1]
+        each = cache.sequences.each
+        steps = [c if len(c) == 1 and s.prefilled else [] for c, s in zip(columns, each, strict=True)]
+        prefills = [[] if s else c for c, s in zip(columns, steps, strict=True)]
         name = "inputs_embeds" if embeds else "input_ids"
-        if all(stepping) or not any(stepping):
-            run = self._step if all(stepping) else self._prefill
-            return run(tokens, columns, cache, keep, kwargs, name)
-        chosen = torch.tensor(stepping, device=tokens.device)
-        outputs = []
-        for run, mask in ((self._prefill, ~chosen), (self._step, chosen)):
-            part = [c if m else [] for c, m in zip(columns, mask.tolist(), strict=True)]
-            outputs.append(run(tokens, part, cache, keep, kwargs, name))
-        prefill, step = outputs
-        prefill.logits = torch.where(chosen[:, None, None], step.logits[:, -1:], prefill.logits)
+        if not any(prefills):
+            return self._step(tokens, steps, cache, keep, kwargs, name)
+        if not any(steps):
+            return self._prefill(tokens, prefills, cache, keep, kwargs, name)
+        if _wants_hidden_states(self.model, kwargs):
+            raise KvCompileError("output_hidden_states is not supported where some sequences step and others prefill")
+        step = self._step(tokens, steps, cache, keep, kwargs, name)
+        prefill = self._prefill(tokens, prefills, cache, keep, kwargs, name)
+        stepping = torch.tensor([bool(s) for s in steps], device=tokens.device)[:, None, None]
+        prefill.logits = torch.where(stepping, step.logits, prefill.logits)
         return prefill
 
     def _step(
         self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], name: str
     ) -> Any:
         pieces = [Piece(len(c), step=True) if c else Piece(0) for c in columns]
-        newest = gather_columns(tokens, columns, 1) if tokens.shape[1] > 1 else tokens
+        wide = tokens.shape[1] > 1
+        newest = gather_columns(tokens, columns, 1) if wide else tokens
         positions = to_device(torch.tensor([[s.seen] for s in cache.sequences.each]), tokens.device)
-        return self._run(newest, positions, pieces, "step", cache, 0, kwargs, name)
+        output = self._run(newest, positions, pieces, "step", cache, 0, kwargs, name)
+        if wide and not _last_only(keep):
+            output.logits = _keep(scatter_columns(output.logits, columns, pieces, None, tokens.shape[1]), keep)
+        return output
 
     def _prefill(
         self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], name: str
@@ -126,7 +151,7 @@ class OptimizedForward:
         cache.sequences.begin_prefill([len(c) for c in columns])
         size = plan.chunk or max(1, max(len(c) for c in columns))
         count = max(1, max(-(-len(c) // size) for c in columns))
-        aligned = count == 1 and all(c == list(range(tokens.shape[1] - len(c), tokens.shape[1])) for c in columns)
+        aligned = count == 1 and _aligned(columns, tokens.shape[1])
         if not aligned and kwargs.get("output_hidden_states"):
             raise KvCompileError(
                 "output_hidden_states is not supported for prompts that are cut or padded on the right"
@@ -175,11 +200,22 @@ class OptimizedForward:
                 **{name: tokens}, attention_mask=None, position_ids=positions, past_key_values=StubCache(),
                 use_cache=True, logits_to_keep=keep, return_dict=True, kvc=call, **kwargs,
             )  # fmt: skip
-            if phase == "step" and compiled and engine.tail is not None and bool(fires.any()):
-                engine.tail(*[t for site in call.sites for t in site])
+            if phase == "step" and bool(fires.any()):
+                self._evict_opened(call)
         sequences.advance(pieces, fires)
         cache.run.timed(watch.seconds, phase == "step", sum(p.new for p in pieces))
         return output
+
+    def _evict_opened(self, call: Call) -> None:
+        """The launch after the last layer; layers that ran as anchors have evicted by themselves."""
+        engine = self.engine
+        if engine.tail is None or not call.opened:
+            return
+        if len(call.opened) == len(call.sites):
+            engine.tail(*[t for site in call.sites for t in site])
+            return
+        stores = [t for index in call.opened for t in call.sites[index]]
+        torch.ops.kvc.evict_step_v1(stores, len(call.opened), engine.scale, call.site)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise no_copies()
@@ -221,20 +257,46 @@ def _keep(logits: Tensor, keep: int | Tensor) -> Tensor:
     return logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
 
 
+def _last_only(keep: int | Tensor) -> bool:
+    return isinstance(keep, int) and keep == 1
+
+
+def _aligned(columns: Columns, width: int) -> bool:
+    """Whether every sequence's tokens stand at the right edge, without gaps."""
+    return all(c == list(range(width - len(c), width)) for c in columns)
+
+
 def _check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | None) -> None:
     """Positions are the sequence's own count; others would contradict the policy, which tests them."""
-    if position_ids is None or position_ids.ndim != 2 or position_ids.device.type != "cpu":
+    if position_ids is None or position_ids.device.type != "cpu":
         return
+    given = position_ids.expand(len(columns), -1).tolist() if position_ids.ndim == 2 else None
     for b, (cols, seq) in enumerate(zip(columns, cache.sequences.each, strict=True)):
-        given = position_ids[b if position_ids.shape[0] > 1 else 0]
-        if cols and len(given) > cols[-1] and int(given[cols[-1]]) != seq.seen + len(cols) - 1:
+        expected = list(range(seq.seen, seq.seen + len(cols)))
+        if given is None or [given[b][c] for c in cols if c < len(given[b])] != expected:
             raise KvCompileError(
-                f"position_ids of sequence {b} end at {int(given[cols[-1]])}, its tokens at "
-                f"{seq.seen + len(cols) - 1}: positions of one's own are not supported"
+                f"position_ids of sequence {b} are not {seq.seen} to {seq.seen + len(cols) - 1}, which its tokens are: "
+                "positions of one's own are not supported"
             )
 
 
-def _refuse_unsupported(model: nn.Module, kwargs: dict[str, Any]) -> None:
+def _wants_hidden_states(model: Any, kwargs: dict[str, Any]) -> bool:
+    wanted = kwargs.get("output_hidden_states")
+    return bool(model.config.output_hidden_states if wanted is None else wanted)
+
+
+def _refuse_pieces(plan: PolicyPlan, columns: Columns, width: int) -> None:
+    cut = plan.chunk is not None and any(len(c) > plan.chunk for c in columns)
+    if cut or not _aligned(columns, width):
+        raise KvCompileError("output_hidden_states is not supported for prompts that are cut or padded on the right")
+
+
+def _refuse_unsupported(model: Any, kwargs: dict[str, Any]) -> None:
+    if model.config._attn_implementation != ATTENTION:
+        raise KvCompileError(
+            f"the attention implementation was changed to {model.config._attn_implementation!r} after optimize: "
+            "restore the model, change it, then optimise again"
+        )
     if model.training and torch.is_grad_enabled():
         raise KvCompileError("an optimised model is for inference: call model.eval(), or restore it before training")
     if kwargs.get("output_attentions"):

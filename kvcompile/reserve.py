@@ -43,7 +43,8 @@ def reserve_prefill(cache: KvCache, forwards: list[list[Piece]]) -> None:
                         for (c, unit), now in ahead.each[b].judged.items()
                         if c == index
                     }
-                    grown = row_bounds(plan, plan.classes[index], held, grown, numbers, judged)
+                    seq = ahead.each[b]
+                    grown = row_bounds(plan, plan.classes[index], held, grown, numbers, judged, seq.seen, seq.prompt)
                 for h, bound in zip(heads, grown, strict=True):
                     lengths[layer][b][h] = bound
                     most[layer][b][h] = max(most[layer][b][h], bound)
@@ -54,34 +55,56 @@ def reserve_prefill(cache: KvCache, forwards: list[list[Piece]]) -> None:
 
 
 def row_bounds(
-    plan: PolicyPlan, cls: ClassPlan, held: list[int], grown: list[int], numbers: list[int], judged: dict[str, int]
-) -> list[int]:
+    plan: PolicyPlan, cls: ClassPlan, held: list[int], grown: list[int], numbers: list[int], judged: dict[str, int],
+    seen: int, prompt: int,
+) -> list[int]:  # fmt: skip
     """Bounds for the rows of one class in one layer and sequence, once its trigger has fired.
 
     held, grown: their entries before the forward and with all it brings; numbers: the policy's counts, evaluated;
-    judged: how many units have their turn now. Where heads compete the rows' sum is bounded, not each row: the sum
-    is spread evenly, what a row holds beyond it another lacks.
+    judged: how many units have their turn now; seen, prompt: the logical length and that of the prompt. Where heads
+    compete the rows' sum is bounded, not each row: the sum is spread evenly, what a row holds beyond it another lacks.
     """
     if any(t.unit for t in cls.selections):
-        return [n - _unit_losers(plan, cls, numbers, judged) for n in grown]
+        # Several selections may all keep of one unit; then nothing is sure to go.
+        alone = len(cls.selections) == 1
+        return [n - _unit_losers(plan, cls, numbers, judged) for n in grown] if alone else grown
     fixed = [0] * len(held)
     pooled = 0
     for term in cls.keep:
-        bound = numbers[term.count] if term.count is not None else None
-        if isinstance(term, Region) and term.kind == "frozen":
-            fixed = [a + b for a, b in zip(fixed, held, strict=True)]
-        elif bound is None or (isinstance(term, Region) and term.kind not in ("sink", "recent")):
-            return grown
-        elif isinstance(term, Selection) and term.scope == "across":
-            pooled += max(bound, term.observed) * len(held)
-        elif isinstance(term, Selection):
-            fixed = [a + max(bound, term.observed) for a in fixed]
+        if isinstance(term, Region):
+            bounds = [_region(plan, term, numbers, h, g, seen, prompt) for h, g in zip(held, grown, strict=True)]
+        elif term.count is not None:
+            bounds = [max(numbers[term.count], term.observed)] * len(held)
         else:
-            fixed = [a + bound for a in fixed]
+            fraction = term.fraction or 1
+            bounds = [max(int(n * fraction) + 1, term.observed) for n in grown]
+        if isinstance(term, Selection) and term.scope == "across":
+            pooled += sum(bounds)
+        else:
+            fixed = [a + b for a, b in zip(fixed, bounds, strict=True)]
     if pooled:
         total = min(sum(grown), sum(fixed) + pooled)
         return [-(-total // len(held)) + SLACK] * len(held)  # uneven rows round up unevenly
     return [min(a, b) for a, b in zip(grown, fixed, strict=True)]
+
+
+def _region(plan: PolicyPlan, region: Region, numbers: list[int], held: int, grown: int, seen: int, prompt: int) -> int:
+    count = numbers[region.count] if region.count is not None else 0
+    match region.kind:
+        case "sink" | "recent":
+            return count
+        case "frozen":
+            return held
+        case "newest":
+            assert region.unit is not None
+            return plan.unit(region.unit).size
+        case "stride":
+            return seen // count + 1 if count else grown
+        case "prompt":
+            return prompt
+        case "generated":
+            return seen - prompt
+    return grown
 
 
 def _unit_losers(plan: PolicyPlan, cls: ClassPlan, numbers: list[int], judged: dict[str, int]) -> int:

@@ -29,7 +29,7 @@ class Run:
         self.tokens = [0] * batch
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
-        self.decode_steps = 0
+        self.decode_tokens = 0
         self.decode_seconds = 0.0
         self.bytes_peak = 0
         self._closed: dict[str, object] | None = None
@@ -49,7 +49,7 @@ class Run:
     def timed(self, seconds: float, step: bool, tokens: int) -> None:
         """A forward of so many real tokens took so long, on the host's clock."""
         if step:
-            self.decode_steps += 1
+            self.decode_tokens += tokens
             self.decode_seconds += seconds
         else:
             self.prefill_tokens += tokens
@@ -83,12 +83,11 @@ class Run:
         """The figures of the report, in its keys. `lengths` is that of the first sequence; ratios are means over
         sequences of each one's own ratio."""
         total = torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
-        steps = self.decode_steps * self.batch
         return {
             "footprint": float((self.area.cpu() / (total * (total + 1) / 2)).mean()),
             "peak": float((self.widest.cpu() / total).mean()),
             "prefill_seconds": self.prefill_seconds,
-            "decode_tokens_per_second": steps / self.decode_seconds if self.decode_seconds else 0.0,
+            "decode_tokens_per_second": self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0,
             **(self._memory() if self._closed is None else self._closed),
         }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.extent import extent
+from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.layout import Clock, Site, repack
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.triton_backend.pools import refuse_overrun
@@ -97,7 +97,6 @@ class ExtentStore(Store):
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
         self.pools = [Pools(plan, 0, dtype, device) for _ in range(layers)]
         self.transient = 0  # largest old pool that stood beside its successor while entries moved
-        self.unsettled = True  # a prefill has been: its pools may be larger than what it left in them
 
     def site(self, layer: int) -> Site:
         pool = self.pools[layer]
@@ -108,7 +107,6 @@ class ExtentStore(Store):
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
         """Make the layer's pool large enough for rows of so many entries (their sum is what counts)."""
-        self.unsettled = True
         slots = sum(extent(b) for b in bounds)
         lengths = self.length[layer].tolist()
         slots = max(slots, sum(extent(n) for n in lengths if n))
@@ -116,18 +114,21 @@ class ExtentStore(Store):
             self._resize(layer, slots)
 
     def reserve_step(self, active: Tensor) -> None:
-        """Room for one more entry in every row of the active sequences (bool [batch]); gives back what is not used."""
+        """Room for one more entry in every row of the active sequences, bool [batch]."""
         full = (self.length >= self.table[:, :, 1]) & active.repeat_interleave(self.plan.facts.kv_heads)
-        if not bool(full.any()) and not self.unsettled:
+        if not bool(full.any()):
             return
-        self.unsettled = False
-        for layer in range(self.plan.facts.layers):
-            slots, need = self.pools[layer].slots, [extent(n) for n in self.length[layer].tolist()]
-            total = sum(need)
-            if total > slots or 2 * total < slots:
-                self._resize(layer, total)
-            if bool(full[layer].any()):
-                repack(self.site(layer), dict(enumerate(need)))
+        for layer in full.any(1).nonzero().flatten().tolist():
+            need = [extent(n) for n in self.length[layer].tolist()]
+            if sum(need) > self.pools[layer].slots:
+                self._resize(layer, sum(need))
+            repack(self.site(layer), dict(enumerate(need)))
+
+    def settle(self) -> None:
+        """After a forward: layers that evicted most of what they held give the memory back."""
+        for layer, entries in enumerate(self.length.sum(1).tolist()):
+            if self.pools[layer].slots > 2 * (entries + entries // 32 + self.rows * SLACK):
+                self._resize(layer, sum(extent(n) for n in self.length[layer].tolist() if n))
 
     def _resize(self, layer: int, slots: int) -> None:
         old, lengths = self.site(layer), self.length[layer].tolist()
@@ -200,9 +201,13 @@ class PagedStore(Store):
         if int((-(-bound // page)).sum()) > self.free.shape[0] or int(bound.max()) > self.table.shape[1] * page:
             refuse_overrun(self.site(0))
             bound = self.length.long().cpu() + step
-            self.upper = bound + page
+            # Room for a while, so that growth is as rare as in the other layout.
+            self.upper = bound + (bound // 32).clamp(min=page)
             self.commit()
         self.upper = bound
+
+    def settle(self) -> None:
+        """Pages went back to the free stack when they fell empty; the pool itself stays for the rows to come."""
 
     def _grow(self, pages: int) -> None:
         page, old_pages = self.plan.page, self.free.shape[0]

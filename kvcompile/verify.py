@@ -104,6 +104,8 @@ def verify(
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
         raise KvCompileError(f"verify takes one prompt, shape [1, n]; this one has shape {list(input_ids.shape)}")
+    if "_kvcompile" in vars(model):
+        raise KvCompileError("verify compares with the untouched model, and this one is optimised: restore it first")
     dtype = _dtype(model)
     with torch.inference_mode():
         full = _trace(model, input_ids, steps, None)

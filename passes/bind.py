@@ -17,7 +17,8 @@ from xdsl.transforms.dead_code_elimination import region_dce
 from kvcompile.dsl.diagnostics import did_you_mean, fail, outside
 from kvcompile.dsl.dialect import rational
 from kvcompile.dsl.dialect_policy import ClassOp, HeadsOp, PolicyOp, SiteOp
-from kvcompile.dsl.dialect_sets import KeepOp
+from kvcompile.dsl.dialect_sets import KeepOp, TopOp, UnionOp
+from kvcompile.dsl.lower_heads import reads_all_heads
 from kvcompile.dsl.module import policy_of
 from kvcompile.passes.context import Context
 from kvcompile.passes.tables import choose, read_table
@@ -44,6 +45,7 @@ class Bind:
             site.location = policy.location
             policy.body.block.add_op(site)
         _erase_unused(policy, {op.sym_name.data for op in taken.values()})
+        _check_whole_layers(policy, taken, context)
 
 
 def _everything(context: Context) -> Heads:
@@ -177,6 +179,29 @@ def _layers(op: ClassOp, ranges: tuple[tuple[int, int], ...], context: Context) 
                        "the first layer comes first")  # fmt: skip
         found.update(range(ends[0], ends[1] + 1))
     return frozenset(found)
+
+
+def _check_whole_layers(policy: PolicyOp, taken: dict[tuple[int, int], ClassOp], context: Context) -> None:
+    """`[h]` and `shared heads` are about all heads of a layer: a class that has only some of them cannot ask."""
+    ops = list(policy.body.block.ops)
+    for keep in ops:
+        if not isinstance(keep, KeepOp) or not isinstance(keep.set.owner, UnionOp):
+            continue
+        name = keep.of.root_reference.data
+        owned = [layer for (layer, _), op in sorted(taken.items()) if op.sym_name.data == name]
+        partial = next((layer for layer in owned if owned.count(layer) < context.facts.kv_heads), None)
+        for term in keep.set.owner.terms:
+            top = term.owner
+            if partial is None or not isinstance(top, TopOp):
+                continue
+            shared = top.scope.data == "shared"
+            if shared or reads_all_heads(top.score, ops):
+                code, what = ("K904", "`shared heads`") if shared else ("K905", "`[h]`")
+                message = (
+                    f"{what} is about all {context.facts.kv_heads} KV heads of a layer, "
+                    f"and `{name}` has {owned.count(partial)} of layer {partial}"
+                )
+                raise fail(code, message, context.places.span(top), "decide `per head`, or give the class whole layers")
 
 
 def _erase_unused(policy: PolicyOp, used: set[str]) -> None:

@@ -7,9 +7,7 @@ leave the layer's graph altogether: `gathered_evictions` is the one launch after
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +24,6 @@ class OpenAnchors:
     """Options of the pass: the phase that is being compiled."""
 
     phase: str
-
-    def uuid(self) -> str:
-        """Changes with this pass's source, the operators' versions and the phase; for torch's caches."""
-        text = Path(__file__).read_text() + ",".join(sorted(ops._SCHEMAS)) + self.phase
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> int:
         """Rewrite in place; returns how many anchors were opened. Nothing but anchors is erased."""
@@ -51,7 +44,7 @@ class OpenAnchors:
             out = emit(_ops.attend_step_v1.default, q, k, v, store, scale, site)
         else:
             out = emit(_ops.attend_prefill_v1.default, q, k, v, store, scale, site)
-            state = emit(_ops.observe_v1.default, q, k, store, scale, site) if plan.states else None
+            state = emit(_ops.observe_v2.default, q, k, v, store, scale, site) if plan.states else None
             for cls in range(len(plan.classes)):
                 if ops.fires_in(plan, cls, phase):
                     emit(_ops.evict_prefill_v1.default, q, k, v, state, store, scale, cls, site)

@@ -35,6 +35,8 @@ def find_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
             f"{type(model).__name__} has no attention that can be rewritten: kvcompile needs a Hugging Face causal "
             "language model that calls transformers' attention interface (Llama, Qwen3, Mistral without a window, ...)"
         )
+    if not hasattr(model, "generate") or model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise KvCompileError(f"{type(model).__name__} has no language model head: give the causal model that holds it")
     _check_config(config.get_text_config() if hasattr(config, "get_text_config") else config, type(model).__name__)
     found: dict[int, AttentionSite] = {}
     for list_name, layers in model.named_modules():
@@ -43,6 +45,8 @@ def find_sites(model: nn.Module) -> tuple[AttentionSite, ...]:
         for position, layer in enumerate(layers):
             name = f"{list_name}.{position}"
             for attention in _attentions(layer):
+                if getattr(attention, "sinks", None) is not None:
+                    raise KvCompileError(f"{name}: attention sinks with learned logits are not supported yet")
                 index = int(attention.layer_idx)  # type: ignore[arg-type]
                 if index in found:
                     raise KvCompileError(f"layer {index} has two attentions: in {found[index].name} and in {name}")

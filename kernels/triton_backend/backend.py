@@ -8,15 +8,16 @@ What has no Triton form runs as the reference; `choose.unprintable` says what th
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels import evict, reference
 from kvcompile.kernels.evaluate import Rows
-from kvcompile.kernels.gather import gather_queries, gather_rows, needs_keys, query_sources, sequence
+from kvcompile.kernels.gather import Fresh, gather_queries, gather_rows, needs_keys, query_sources, sequence
 from kvcompile.kernels.layout import Clock, Site, compact
-from kvcompile.kernels.plan import PolicyPlan, Selection, UnitPlan
+from kvcompile.kernels.plan import PolicyPlan, Selection, StatePlan, UnitPlan
 from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.stages import Unprintable
 from kvcompile.kernels.triton_backend import prefill
@@ -30,11 +31,18 @@ class Triton:
 
     name = "triton"
     attend_prefill = staticmethod(reference.attend_prefill)
-    observe = staticmethod(reference.observe)
 
     def __init__(self) -> None:
         self._decoders: dict[tuple[object, ...], DecodeStep | None] = {}
         self._evictions: dict[tuple[object, ...], EvictStep | None] = {}
+
+    def observe(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `reference.observe`: what queries add to a state by kernel, where its formula has one."""
+
+        def grown(states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str, Tensor]:
+            return _growth(plan, states, rows, fresh)
+
+        return reference.observe(plan, site, q, k, v, scale, grown)
 
     def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """As `reference.attend_step`, without a look at any device value."""
@@ -97,6 +105,9 @@ class Triton:
 
     def insert(self, plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: Tensor | None) -> None:
         """As `evict.insert`, one launch."""
+        if _packer(plan) is None:
+            evict.insert(plan, cls, site, k, v, state)
+            return
         keep, won = (torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device) for _ in range(2))
         for b, new, peek in _pieces(site):
             for h in plan.heads(int(site.layer), cls):
@@ -115,6 +126,9 @@ class Triton:
         scale: float,
     ) -> None:
         """As `evict.evict_prefill`: scores and winners by kernel where they have one, survivors in one launch."""
+        if _packer(plan) is None:
+            evict.evict_prefill(plan, cls, site, q, k, v, state, scale)
+            return
         part, kv_heads = plan.classes[cls], plan.facts.kv_heads
         heads = list(plan.heads(int(site.layer), cls))
         keep, won = (torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device) for _ in range(2))
@@ -142,7 +156,8 @@ class Triton:
         pos = (first[:, None, None] + torch.arange(k.shape[2], device=k.device)).expand(k.shape[:3]).int()
         if state is None:
             state = torch.zeros(len(plan.states), *k.shape[:3], device=k.device)
-        module = library(plan).pack()
+        module = _packer(plan)
+        assert module is not None  # the callers have taken the other path
         k, v = k.contiguous(), v.contiguous()
         prefill.append(module, site, k, v, pos, won.to(torch.uint8), state, keep, site.layer)
 
@@ -177,9 +192,40 @@ class _Kernels(Plainly):
         together = term.scope != "head"
         count = len(rows.pos)
         lines = [list(range(count))] if together else [[h] for h in range(count)]
+        if term.scope == "across":
+            n = n // count  # the kernel takes the number per head; without a fraction it is the same for all
         heads = torch.tensor(lines, dtype=torch.int32, device=values.device)
         pos = rows.pos.int()[None]
         return prefill.winners(module, values[None].float(), candidates[None], pos, n[None].int(), heads)[0].bool()
+
+
+def _growth(plan: PolicyPlan, states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str, Tensor]:
+    """`reference.growth` by kernel; what has no Triton form, by the definition."""
+    assert rows.k is not None
+    q = fresh.q.flatten(0, 1)[None].contiguous()
+    pos = rows.pos.masked_fill(~rows.readable, -1).int()[None]
+    grown, rest = {}, []
+    for state in states:
+        try:
+            module = library(plan).state(state)
+        except Unprintable:
+            rest.append(state)
+            continue
+        if module is not None:
+            stage = (("columns", module),)
+            candidates = rows.resident[None]
+            grown[state.name] = prefill.score(
+                stage, q, rows.k[None], pos, fresh.pos[None].int(), candidates, rows.scale
+            )[0]
+    return grown | reference.growth(tuple(rest), rows, fresh)
+
+
+def _packer(plan: PolicyPlan) -> ModuleType | None:
+    """The kernel that moves survivors into pages; None where the pools have no Triton form, as some head sizes."""
+    try:
+        return library(plan).pack()
+    except Unprintable:
+        return None
 
 
 def _agrees(rows: Rows) -> bool:

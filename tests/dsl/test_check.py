@@ -35,6 +35,8 @@ FAULTS = [
     ("score s = norm(k)\nkeep s\nat step", "K103", 3, 10, "`top(n) by s`"),
     ("state k = 0\nkeep sink(n)\nat step", "K105", 2, 11, "`k_`"),
     ("score s = norm(k)\nscore s = norm(v)\nkeep top(n) by s\nat step", "K106", 3, 11, "score already"),
+    ("keep sink(n)\nlayers 0:\n    score s = norm(k)\n    score s = norm(v)\nat step", "K106", 5, 15, "score already"),
+    ("score s = norm(k)\nlayers 0:\n    share s = n by pyramid(2)\nkeep top(n) by s\nat step", "K106", 4, 15, "score"),
     ("state n = 0\nkeep sink(n)\nat step", "K106", 2, 11, "parameter already"),
     ("keep sink(n)\nkeep recent(n)\nat step", "K106", 3, 5, "join the sets"),
     ("score a = norm(k) + a\nkeep top(n) by a\nat step", "K108", 2, 25, "stand on its own"),
@@ -72,6 +74,9 @@ FAULTS = [
     # sets
     ("keep recent(64) | top(n - 64) by norm(k)\nat step", "K205", 2, 27, "regions of this set take 64"),
     ("keep sink(0 - n)\nat step", "K205", 2, 15, "-4"),
+    ("keep recent(0.5)\nat step", "K205", 2, 17, "0.5 is no whole number"),
+    ("keep sink(1.5)\nat step", "K205", 2, 15, "10% of prompt"),
+    ("keep top(2.5) by norm(k)\nat step", "K205", 2, 14, "2.5 is no whole number"),
     ("keep top(10% of prompt - 20% of prompt) by norm(k)\nat step", "K205", 2, 14, "-10% of prompt"),
     ("keep sink(n) | recent(64)\nat step\nattend sink(n) | recent(128)\nat step", "K206", 4, 22, "keep more"),
     ("keep top(n) by norm(k) per query_head\nat step", "K207", 2, 10, "union"),
@@ -96,6 +101,7 @@ FAULTS = [
     ("keep sink(n)\nat every", "K305", 3, 8, "every(128)"),
     ("keep sink(n)\nat step(3)", "K305", 3, 8, "every(n)"),
     ("keep sink(n)\nat chunk(0)", "K305", 3, 14, "at least 1"),
+    ("keep sink(n)\nat chunk(1, 2)", "K305", 3, 8, "`chunk` alone cuts nothing"),
     ("keep sink(n)\nat full(pos)", "K305", 3, 13, "at least 1"),
     ("keep sink(n)\nat step\nat prefill.end", "K306", 4, 5, "below the sets"),
     ("keep top(n) by mean[q in peek(8)] attn\nat prefill.end, step", "K307", 2, 25, "q in last(8)"),
@@ -153,6 +159,11 @@ def test_reserved_and_option_names() -> None:
 
 def test_a_parameter_and_a_unit_may_share_a_name() -> None:
     assert not [d for d in found("quest") if d.severity != "note"]
+
+
+def test_a_score_below_a_prefix_may_replace_one_without() -> None:
+    lines = "score s = norm(k)\nkeep top(n) by s\nlayers 0:\n    score s = norm(v)\n    keep top(n) by s\nat step"
+    assert [d.code for d in found(body(lines)) if d.severity != "note"] == []
 
 
 def test_several_findings_come_in_the_order_of_the_text() -> None:

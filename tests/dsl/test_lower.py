@@ -84,6 +84,29 @@ def test_every_library_policy_either_lowers_or_is_refused_with_a_code_of_its_own
         (["unit page(16)", "keep top(4) pages by norm(k)", "at step"], "K913", "top(4) pages by norm(k)"),
         (["share b = 4 by cover(s)", "score s = norm(k)", "keep top(b) by s", "at step"], "K914", "cover(s)"),
         (["share b = 4 by pyramid(2)", "keep top(b / 2) by norm(k)", "at step"], "K914", "b"),
+        (["keep top(4) by norm(k) shared heads per page", "unit page(16)", "at step"], "K904",
+         "top(4) by norm(k) shared heads per page"),
+        (["keep top(4) by norm(k) shared heads | top(2) by norm(v)", "at step"], "K904", "top(2) by norm(v)"),
+        (["keep top(2) by -pos | top(2) by norm(v) across heads | top(4) by mean[h] norm(k)", "at step"], "K904",
+         "top(2) by norm(v) across heads"),
+        (["keep top(4) by norm(v) * mean[h] norm(k)", "at step"], "K904", "top(4) by norm(v) * mean[h] norm(k)"),
+        (["unit page(16) with c = mean[h] mean[i] k", "keep top(4) by dot(k, c) per page", "at step"], "K904",
+         "top(4) by dot(k, c) per page"),
+        (["state a = 0", "on attend: a += mean[h] sum[q] attn", "keep top(4) by a | top(2) by norm(k)", "at step"],
+         "K906", "mean[h] sum[q] attn"),
+        (["state a = 0", "on attend: a += mean[h] sum[q] attn", "x: keep top(4) by a", "rest: keep all", "at step"],
+         "K906", "mean[h] sum[q] attn"),
+        (["state a = 0", "on attend: a += sum[q] logit", "keep top(4) by a", "at step"], "K906", "logit"),
+        (["state a = 0", "score e = exp(logit)", "on attend: a += sum[q] e", "keep top(4) by a", "at step"],
+         "K906", "logit"),
+        (["keep top(4) by norm(k) across heads", "at step, full(64)"], "K903", "full(64)"),
+        (["share b = 4 by pyramid(2)", "keep top(b) by norm(k)", "at full(64)"], "K903", "full(64)"),
+        (["share b = now / 8 by pyramid(2)", "keep top(b) by norm(k)", "at prefill.end"], "K914", "now"),
+        (["share b = 10% of chunk by pyramid(2)", "keep top(b) by norm(k)", "at chunk(8)"], "K914", "10% of chunk"),
+        (["keep recent(0.5)", "at step"], "K205", "0.5"),
+        (["keep sink(1.5 + 1)", "at step"], "K205", "1.5 + 1"),
+        (["keep top(1.5) by norm(k)", "at step"], "K205", "1.5"),
+        (["keep recent(50%)", "at step"], "K210", "50%"),
         (["positions compact", "keep recent(4)", "at step"], "K911", "positions compact"),
         (["layers 2: off", "keep recent(4)", "at step"], "K912", "off"),
     ],
@@ -93,6 +116,39 @@ def test_what_cannot_run_is_refused_at_its_own_place(lines: list[str], code: str
         lowered(clauses(*lines))
     found = [(finding.code, finding.span.text) for finding in caught.value.diagnostics]
     assert (code, text) in found
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        # Heads that decide by the same numbers keep the same entries.
+        ["keep top(4) by norm(k) shared heads | top(2) by norm(v) shared heads | top(2) by -age", "at step"],
+        ["score s = mean[h] norm(k)", "keep top(4) by s | bottom(2) by s per head", "at step"],
+        ["state a = 0", "on attend: a += mean[h] sum[q] attn", "keep top(4) by a | top(2) by pos + a", "at step"],
+        ["layers 0: keep top(4) by norm(k) shared heads", "layers rest: keep top(4) by norm(k)", "at step"],
+        ["keep top(4) by norm(k) across heads", "at step, every(64)"],
+        ["keep top(4) by norm(k)", "at full(64)"],
+        ["share b = 10% of prompt + 8 by pyramid(2)", "keep top(b) by norm(k)", "at prefill.end"],
+        ["keep recent(9 / 2) | top(0.5) by norm(k)", "at step"],  # a quotient is cut, a part is of the candidates
+    ],
+)
+def test_what_lies_beside_these_refusals_lowers(lines: list[str]) -> None:
+    lowered(clauses(*lines))
+
+
+def test_each_refusal_about_heads_and_counts_shows_a_way_out() -> None:
+    text = clauses(
+        "state a = 0",
+        "on attend: a += mean[h] sum[q] attn",
+        "keep top(4) by a shared heads | top(2) by norm(k)",
+        "at step",
+    )
+    with pytest.raises(PolicyError) as caught:
+        lowered(text)
+    assert {finding.code: finding.hint for finding in caught.value.diagnostics} == {
+        "K904": "give every selection of the set `shared heads`, or none, and leave out `[h]`",
+        "K906": "leave out `[h]`, or let all heads share one decision",
+    }
 
 
 def test_all_refusals_come_at_once() -> None:

@@ -83,3 +83,28 @@ def test_layers_that_the_model_lacks(layers: str, reason: str) -> None:
         names(policy(f"layers {layers}: keep all", "keep recent(4)"))
     assert reason in str(caught.value)
     assert caught.value.diagnostics[0].line == 2
+
+
+@pytest.mark.parametrize(
+    ("keep", "code", "what"),
+    [
+        ("keep top(4) by norm(k) shared heads", "K904", "`shared heads`"),
+        ("keep recent(2) | top(4) by mean[h] norm(k)", "K905", "`[h]`"),
+    ],
+)
+def test_a_class_of_some_heads_cannot_decide_for_its_whole_layer(
+    keep: str, code: str, what: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "t.tsv"
+    table.write_text("1 1\n" * 4 + "0 1\n" + "0 0\n")
+    text = policy(f"far: {keep}", "rest: keep recent(4)", heads=f'heads far = table("{table}")\n')
+    with pytest.raises(PolicyError) as caught:
+        names(text)
+    finding = caught.value.diagnostics[0]
+    assert (finding.code, finding.line) == (code, 3)
+    assert finding.span.text.startswith(keep.removeprefix("keep ").split(" | ")[-1][:6])
+    assert f"{what} is about all 2 KV heads of a layer, and `far` has 1 of layer 4" in finding.message
+    assert "per head" in finding.hint
+
+    table.write_text("1 1\n" * 4 + "0 0\n" * 2)  # whole layers
+    assert names(text)[0] == ["far", "far"]

@@ -6,7 +6,7 @@ import random
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvcompile.kernels.counts import count_value, layer_counts
@@ -236,11 +236,14 @@ def test_residents_equal_entry_by_entry_counting(
         "policy mine():\n    unit lot(5) from 3 with lo = min[i] next.k\n    share b = 8 by pyramid(4)\n"
         f"    keep {' | '.join(terms)}\n    at {', '.join(triggers)}\n"
     )
+    divided = any("across" in term or "top(b)" in term for term in selections)
+    assume("full(20)" not in triggers or not divided)  # refused: K903
+    assume(len(selections) < 2 or not any("shared" in term for term in selections))  # refused: K904
     plan = compile_policy(text, FACTS).plan
     computed, found = closed_form(plan, prompt, steps), counted(plan, prompt, steps, seed=prompt)
     if exact(plan):
         assert computed == found
-    elif "full(20)" not in triggers:
+    else:
         assert all(a >= b for a, b in zip(computed, found, strict=True))
     assert exact(plan) or any("across" in term for term in terms)
 

@@ -33,11 +33,13 @@ POLICIES: dict[str, dict[str, object]] = {
 }
 
 
-def generate(policy: str, backend: str, **options: object) -> tuple[torch.Tensor, list[list[int]]]:
+def generate(
+    policy: str, backend: str, head_dim: int = 64, **options: object
+) -> tuple[torch.Tensor, list[list[int]]]:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=97,
+        head_dim=head_dim, vocab_size=97,
     )  # fmt: skip
     model = kvcompile.optimize(LlamaForCausalLM(config).eval(), policy, backend=backend, compile="off", **options)
     ids = torch.randint(0, 97, (2, 40))
@@ -66,6 +68,17 @@ def test_a_model_generates_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (got - logits).abs().max() < 1e-5
     assert not calls, "a step fell back to the reference"
     assert list(tmp_path.glob("kernels/*/decode_*.py"))
+
+
+@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+def test_a_head_size_without_kernels_runs_as_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    monkeypatch.setenv("KVC_CACHE", str(tmp_path))
+    logits, kept = generate(policy, "reference", 96, **POLICIES[policy])
+    got, got_kept = generate(policy, "triton", 96, **POLICIES[policy])
+    assert got_kept == kept
+    assert (got - logits).abs().max() < 1e-5
 
 
 def test_what_falls_back_is_listed() -> None:

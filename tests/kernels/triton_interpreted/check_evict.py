@@ -86,6 +86,27 @@ def test_heads_compete_with_floors(tmp_path_factory, seed, n, floor) -> None:  #
     pools.assert_pages_conserved()
 
 
+@pytest.mark.parametrize("floor", ["0", "1/5", "1/2"])
+def test_a_fraction_of_competing_heads_is_truncated_once(tmp_path: Path, floor: str) -> None:
+    keep = (Region("recent", 0), Selection("top", ACC, fraction=Fraction(1, 2), scope="across", floor=Fraction(floor)))
+    p = plan(keep, (H2O,), layers=1, kv_heads=3, class_of=((0, 0, 0),))
+    pools = Pools(3, 8, 64)
+    sizes = (15, 27, 33)
+    for row, n in enumerate(sizes):
+        pools.fill(row, shuffled(n, row), ties=True)
+    before = [pools.entries(row) for row in range(3)]
+    evict(p, tmp_path, pools, 1, [4, 0], now=36)
+    ranked = [best([(e[4][0], e[0], row) for e in before[row] if e[0] <= 32], 99) for row in range(3)]
+    total = (15 + 27 + 33) // 2
+    assert total != sum(n // 2 for n in sizes), "truncation must show"
+    sure = int(total * Fraction(floor) / 3)
+    want = [x for row in ranked for x in row[:sure]]
+    want += best([x for row in ranked for x in row[sure:]], total - len(want))
+    for row in range(3):
+        assert {e[0] for e in pools.entries(row)} == {at for _, at, head in want if head == row}
+    pools.assert_pages_conserved()
+
+
 def test_sharers_decide_by_their_mean_and_stay_aligned(tmp_path: Path) -> None:
     keep = (Region("sink", 0), Selection("top", ACC, 1, scope="shared"))
     p = plan(keep, (H2O,), layers=2, kv_heads=2)
