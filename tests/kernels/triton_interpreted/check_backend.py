@@ -33,9 +33,7 @@ POLICIES: dict[str, dict[str, object]] = {
 }
 
 
-def generate(
-    policy: str, backend: str, head_dim: int = 64, **options: object
-) -> tuple[torch.Tensor, list[list[int]]]:
+def generate(policy: str, backend: str, head_dim: int = 64, **options: object) -> tuple[torch.Tensor, list[list[int]]]:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
