@@ -71,7 +71,7 @@ def _trigger(context: Context, trigger: ast.Trigger) -> None:
 _SHAPES = {
     "prefill.end": "write `prefill.end`",
     "step": "write `step`; for every n-th step `every(n)`",
-    "chunk": "such as `chunk(8192)`; `chunk` alone cuts nothing, it fires after the pieces that another `chunk(c)` cuts",
+    "chunk": "such as `chunk(8192)`; `chunk` alone cuts nothing: it fires after each piece of another `chunk(c)`",
     "every": "such as `every(128)`",
     "filled": "such as `filled(lot, 2)` or `filled(128)`",
     "full": "such as `full(4096)`",

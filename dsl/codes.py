@@ -91,7 +91,7 @@ CATALOGUE: dict[str, Code] = {
     "K203": Code("error", "missing axis", "A reduction or score needs an axis that its operand does not have."),
     "K204": Code("error", "free query axis", "`keep` and `store` decide without a query: q must be reduced."),
     "K205": Code(
-        "error", "impossible count", "By constants alone the count is negative, as where regions take more, or no whole number."
+        "error", "impossible count", "By constants alone the count is negative (regions take more) or no whole number."
     ),
     "K206": Code("error", "attend wider than keep", "A query can only read what is still resident."),
     "K207": Code(

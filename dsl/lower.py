@@ -210,7 +210,7 @@ class _Lowering:
         self.apart |= bool(apart)
         if apart and any(decides_for_all(top, self.ops) for top, _ in tops):
             refuse("K904", "a selection in which heads differ, in a set that also decides for all heads at once,",
-                   apart[0], "give every selection of the set `shared heads`, or none, and leave out `[h]`")  # fmt: skip
+                   apart[0], "say `shared heads` at every selection of the set, or at none, without `[h]`")  # fmt: skip
 
     def refuse_updates_over_heads(self) -> None:
         classes = any(placed.heads is not None for placed in self.resolved.of(ast.Keep))

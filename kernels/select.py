@@ -152,7 +152,7 @@ def _order(values: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _across(term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
-    """Heads compete for n [rows], the same on each: floors first, then raw scores; ties to the older, the lower head."""
+    """Heads compete for n, the same on each row: floors first, then raw scores; ties to the older, the lower head."""
     floor = n * term.floor.numerator // (term.floor.denominator * len(n))  # of the equal share, truncated once
     safe = best(values, candidates, floor)
     left = int(n[0] - safe.sum())

@@ -146,7 +146,7 @@ def test_each_refusal_about_heads_and_counts_shows_a_way_out() -> None:
     with pytest.raises(PolicyError) as caught:
         lowered(text)
     assert {finding.code: finding.hint for finding in caught.value.diagnostics} == {
-        "K904": "give every selection of the set `shared heads`, or none, and leave out `[h]`",
+        "K904": "say `shared heads` at every selection of the set, or at none, without `[h]`",
         "K906": "leave out `[h]`, or let all heads share one decision",
     }
 

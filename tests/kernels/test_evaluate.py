@@ -138,6 +138,15 @@ def test_the_watched_entries_of_competing_heads_count_within_their_number() -> N
     assert got.sum(1).tolist() == [13, 2]
 
 
+GROWN = """
+policy grown():
+    state acc = 0
+    on attend: acc += mean[g] sum[q] {}
+    keep top(4) by acc
+    at every(999)
+"""
+
+
 def kept_states(policy: str, prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(state of the first head's entries after a prompt, their values) on layer 0, under the reference."""
     model = kvcompile.optimize(random_model(), policy, compile="off", backend="reference")
@@ -148,17 +157,17 @@ def kept_states(policy: str, prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_state_reads_values_in_a_prompt_too() -> None:
-    text = "policy p():\n    state acc = 0\n    on attend: acc += mean[g] sum[q] {}\n    keep top(4) by acc\n    at every(99)\n"
-    plain, values = kept_states(text.format("attn"), 12)
-    weighed, _ = kept_states(text.format("(attn * norm(v))"), 12)
+    plain, values = kept_states(GROWN.format("attn"), 12)
+    weighed, _ = kept_states(GROWN.format("(attn * norm(v))"), 12)
     assert torch.allclose(weighed, plain * values.norm(dim=1), rtol=1e-4)
 
 
 def test_states_of_a_16_bit_model_grow_by_float32_probabilities_on_the_cpu() -> None:
-    text = "policy p():\n    state acc = 0\n    on attend: acc += mean[g] sum[q] attn\n    keep top(4) by acc\n    at every(999)\n"
     grown = {}
     for backend in ("reference", "cpu"):
-        model = kvcompile.optimize(random_model().to(torch.bfloat16), text, compile="off", backend=backend)
+        model = kvcompile.optimize(
+            random_model().to(torch.bfloat16), GROWN.format("attn"), compile="off", backend=backend
+        )
         with torch.no_grad():
             cache = model(torch.tensor([tokens(40)])).past_key_values
             site = cache.store.site(0)
