@@ -212,11 +212,8 @@ def _growth(plan: PolicyPlan, states: tuple[StatePlan, ...], rows: Rows, fresh: 
             rest.append(state)
             continue
         if module is not None:
-            stage = (("columns", module),)
-            candidates = rows.resident[None]
-            grown[state.name] = prefill.score(
-                stage, q, rows.k[None], pos, fresh.pos[None].int(), candidates, rows.scale
-            )[0]
+            qpos = fresh.pos[None].int()
+            grown[state.name] = prefill.state_columns(module, q, rows.k[None], pos, qpos, None, rows.scale)[0]
     return grown | reference.growth(tuple(rest), rows, fresh)
 
 

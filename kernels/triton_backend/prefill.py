@@ -11,12 +11,12 @@ from kvcompile.kernels.triton_backend.pools import PagedPools, tensors
 
 
 def state_columns(
-    module: ModuleType, q: Tensor, k: Tensor, pos: Tensor, qpos: Tensor, lse: Tensor, scale: float
+    module: ModuleType, q: Tensor, k: Tensor, pos: Tensor, qpos: Tensor, lse: Tensor | None, scale: float
 ) -> Tensor:
     """What all queries of a piece add to a state: float32 [B, Hkv, N].
 
     q [B, Hq, n, D], k [B, Hkv, N, D]; pos int32 [B, Hkv, N], -1 where no entry is; qpos int32 [B, n], -1 where
-    no query is; lse float32 [B, Hq, n], natural, over all that each query may read.
+    no query is; lse float32 [B, Hq, n], natural, over all that each query may read; None lets the kernel find it.
     """
     columns: Tensor = module.launch(q, k, pos, qpos, scale, lse=lse)
     return columns
