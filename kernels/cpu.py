@@ -61,6 +61,8 @@ def attend_step(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, s
     kv_heads = plan.facts.kv_heads
     clock = site.clock.tolist()
     active = [b for b, line in enumerate(clock) if line[Clock.NEW]]
+    if not active:
+        return q.new_zeros(q.shape[0], 1, q.shape[1], q.shape[3])
     rows = [b * kv_heads + h for b in active for h in range(kv_heads)]
     everyone = len(active) == len(clock)
     if not everyone:

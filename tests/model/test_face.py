@@ -191,3 +191,14 @@ policy p():
     model = random_model("llama64")
     kvcompile.optimize(model, text, compile="off")
     assert model(IDS).past_key_values.nbytes() > 0
+
+
+def test_a_step_in_which_no_sequence_brings_a_token_changes_nothing():
+    model = random_model("llama64")
+    kvcompile.optimize(model, TAIL, compile="off")
+    cache = model(IDS).past_key_values
+    before = cache.positions(0)[0].tolist()
+    mask = torch.ones(1, 41, dtype=torch.long)
+    mask[0, -1] = 0
+    model(torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
+    assert cache.positions(0)[0].tolist() == before
