@@ -36,6 +36,9 @@ class Site(NamedTuple):
     clock   int64 [batch, Clock.WIDTH]
     counts  int64 [layers, counts, batch]
     fires   uint8 [classes, batch]
+    scalar  float32 [scalars, rows], numbers that a row keeps between decisions, NaN before the first
+    picked  uint8 [picks, batch, kv_heads, positions], 1 where a layer has chosen a position for later layers
+    rope    float32 [2, positions, head_dim], cosine and sine of every place; no positions where nothing is rotated
     """
 
     layer: Tensor
@@ -52,6 +55,9 @@ class Site(NamedTuple):
     clock: Tensor
     counts: Tensor
     fires: Tensor
+    scalar: Tensor
+    picked: Tensor
+    rope: Tensor
 
     @property
     def paged(self) -> bool:

@@ -32,6 +32,8 @@ def plan_lines(plan: PolicyPlan) -> Iterator[str]:
     for state in plan.states:
         grows = f", on attend += {formula(state.add)}" if state.add else ""
         yield f"state {state.name}: starts at {formula(state.init)}{grows}"
+    for share in plan.shares:
+        yield f"share {share.name}: {formula(share.total)} a layer on average, by {share.by}"
     for unit in plan.units:
         marks = "".join(f"; {name} = {formula(expr)}" for name, expr in unit.landmarks)
         yield f"unit {unit.name}: {unit.size} tokens from {unit.offset}{marks}"
@@ -117,8 +119,7 @@ def _selection(plan: PolicyPlan, choice: Selection) -> str:
 
 
 def _count(count: Count) -> str:
-    text = formula(count.expr)
-    return text if count.share is None else f"{text} a layer on average, by {count.share[0]}({_number(count.share[1])})"
+    return formula(count.expr)
 
 
 def _trigger(trigger: Trigger) -> str:

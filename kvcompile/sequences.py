@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.counts import layer_counts, scalars_of
+from kvcompile.kernels.counts import layer_counts, layer_shares, scalars_of
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
 from kvcompile.kernels.select import reads_next
 
@@ -46,7 +46,7 @@ class Sequences:
         self.each = [Progress() for _ in range(batch)]
         owner = torch.tensor(plan.class_of)
         self._rows = [owner == c for c in range(len(plan.classes))]  # bool [layers, kv_heads]
-        shared = {"prompt"} if any(count.share for count in plan.counts) else set[str]()
+        shared = {"prompt"} if plan.shares else set[str]()
         self._asked = sorted(shared.union(*(scalars_of(count) for count in plan.counts)))
         self._latest: tuple[tuple[int, ...] | None, list[tuple[int, ...]]] = None, []
 
@@ -79,7 +79,8 @@ class Sequences:
         """The counts of every layer; most policies ask for the same ones step after step."""
         key = tuple(scalars.values())
         if key != self._latest[0]:
-            found = [layer_counts(self.plan, i, scalars) for i in range(len(self.plan.counts))]
+            parts = layer_shares(self.plan, scalars, {})
+            found = [layer_counts(self.plan, i, scalars, parts) for i in range(len(self.plan.counts))]
             self._latest = key, found
         return self._latest[1]
 

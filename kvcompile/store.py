@@ -57,6 +57,9 @@ class Store:
         self.clock = torch.zeros(batch, Clock.WIDTH, dtype=torch.int64, device=device)
         self.counts = torch.zeros(facts.layers, len(plan.counts), batch, dtype=torch.int64, device=device)
         self.fires = torch.zeros(len(plan.classes), batch, dtype=torch.uint8, device=device)
+        self.scalar = torch.full((plan.scalars, facts.layers, self.rows), float("nan"), device=device)
+        self.picked = torch.zeros(plan.picks, batch, facts.kv_heads, 0, dtype=torch.uint8, device=device)
+        self.rope = torch.zeros(2, 0, facts.head_dim, device=device)
 
     @property
     def slot_bytes(self) -> int:
@@ -65,9 +68,9 @@ class Store:
         return 2 * width + 4 + 1 + 4 * len(self.plan.states)
 
     @property
-    def ring_bytes(self) -> int:
-        """The newest queries that a score may ask for."""
-        return self.ring.untyped_storage().nbytes()
+    def beside_bytes(self) -> int:
+        """What stands beside the pools: newest queries, numbers of rows, choices for later layers, RoPE tables."""
+        return sum(t.untyped_storage().nbytes() for t in (self.ring, self.scalar, self.picked, self.rope))
 
     def lengths(self) -> Tensor:
         """Entries per row, int32 [layers, batch, kv_heads]."""
@@ -103,6 +106,7 @@ class ExtentStore(Store):
         return Site(
             self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length[layer],
             self.table[layer], self.free, self.top[layer], self.ring[layer], self.clock, self.counts, self.fires,
+            self.scalar[:, layer], self.picked, self.rope,
         )  # fmt: skip
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
@@ -146,11 +150,11 @@ class ExtentStore(Store):
         self.top[layer] = tail
 
     def bytes_resident(self) -> int:
-        """Bytes of the extents that rows hold, unused room at their ends included, and of the newest queries."""
-        return int(self.table[:, :, 1].sum()) * self.slot_bytes + self.ring_bytes
+        """Bytes of the extents that rows hold, unused room at their ends included, and of what stands beside them."""
+        return int(self.table[:, :, 1].sum()) * self.slot_bytes + self.beside_bytes
 
     def bytes_allocated(self) -> int:
-        return sum(pool.nbytes for pool in self.pools) + self.ring_bytes
+        return sum(pool.nbytes for pool in self.pools) + self.beside_bytes
 
 
 class PagedStore(Store):
@@ -174,6 +178,7 @@ class PagedStore(Store):
         return Site(
             self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length,
             self.table, self.free, self.top, self.ring[layer], self.clock, self.counts, self.fires,
+            self.scalar.flatten(1), self.picked, self.rope,
         )  # fmt: skip
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
@@ -222,8 +227,8 @@ class PagedStore(Store):
         self.top = self.top + (pages - old_pages)
 
     def bytes_resident(self) -> int:
-        """Bytes of the pages that rows hold, unused room in their last pages included, and of the newest queries."""
-        return (self.free.shape[0] - int(self.top)) * self.plan.page * self.slot_bytes + self.ring_bytes
+        """Bytes of the pages that rows hold, unused room at their ends included, and of what stands beside them."""
+        return (self.free.shape[0] - int(self.top)) * self.plan.page * self.slot_bytes + self.beside_bytes
 
     def bytes_allocated(self) -> int:
-        return self.pools.nbytes + self.ring_bytes
+        return self.pools.nbytes + self.beside_bytes

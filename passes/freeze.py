@@ -25,6 +25,7 @@ from kvcompile.kernels.plan import (
     QuerySource,
     Region,
     Selection,
+    Share,
     StatePlan,
     Term,
     Trigger,
@@ -51,6 +52,7 @@ def freeze(module: ModuleOp, facts: ModelFacts, params: tuple[tuple[str, str], .
         "classes": classes,
         "class_of": tuple(tuple(names.index(ref.root_reference.data) for ref in op.classes) for op in sites),
         "counts": tuple(frozen.counts),
+        "shares": tuple(frozen.shares),
         "states": frozen.states_of(classes),
         "units": frozen.units_of(classes),
         "chunk": _int(schedule.chunk) or None,
@@ -69,6 +71,7 @@ class _Freezing:
     def __init__(self, ops: list[Operation]) -> None:
         self.ops = ops
         self.counts: list[Count] = []
+        self.shares: list[Share] = []
         self.exprs: dict[SSAValue, Expr] = {}
 
     def klass(self, name: str, keep: KeepOp) -> ClassPlan:
@@ -102,11 +105,14 @@ class _Freezing:
     def count(self, value: SSAValue) -> int:
         op = value.owner
         assert isinstance(op, kv.CountOp)
-        share = None
+        expr = self.expr(op.amount)
         if op.share is not None and op.parameter is not None:
-            share = op.share.data, kv.rational(op.parameter)
-        reserve = tuple(self.count(other) for other in op.reserve)
-        count = Count(op.label.data, self.expr(op.amount), share, reserve)
+            reserve = tuple(self.count(other) for other in op.reserve)
+            share = Share(op.label.data, expr, op.share.data, kv.rational(op.parameter), reserve=reserve)  # type: ignore[arg-type]
+            if share not in self.shares:
+                self.shares.append(share)
+            expr = Expr("share", value=self.shares.index(share))
+        count = Count(op.label.data, expr)
         if count not in self.counts:
             self.counts.append(count)
         return self.counts.index(count)

@@ -14,7 +14,7 @@ from xdsl.ir import SSAValue
 from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, TopOp, UnionOp
 from kvcompile.dsl.module import ops_of
-from kvcompile.kernels.counts import count_value, scalars_of
+from kvcompile.kernels.counts import layer_counts, layer_shares, scalars_of
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, Trigger
 from kvcompile.passes.context import Context
 from kvcompile.passes.residents import forwards, groups
@@ -155,8 +155,8 @@ def _count_cap(plan: PolicyPlan, index: int | None, prompt: int) -> int | None:
     count = plan.counts[index]
     if scalars_of(count) - {"prompt"}:
         return None
-    value = count_value(count, {"prompt": prompt})
-    return 2 * value if count.share is not None else value  # no layer of a pyramid gets more than twice the mean
+    parts = layer_shares(plan, {"prompt": prompt}, {})
+    return max(layer_counts(plan, index, {"prompt": prompt}, parts))
 
 
 def _overshoot(plan: PolicyPlan, cls: ClassPlan, cap: int | None) -> int:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvcompile.kernels.counts import count_value, layer_counts, scalars_of
+from kvcompile.kernels.counts import count_value, layer_shares, scalars_of
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, Trigger, UnitPlan
 
 # Why counting needs no scores: a region never takes an entry back that it once let go (`sink` and `prompt` never
@@ -27,7 +27,7 @@ class Group:
     cls: int
     layers: tuple[int, ...]
     heads: int
-    shares: tuple[int | None, ...]  # by count index: the layer's part of a share
+    parts: tuple[int, ...]  # by share index: the layer's part
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,10 @@ class Forward:
 
 def groups(plan: PolicyPlan, prompt: int) -> tuple[Group, ...]:
     """Layers of a class that have as many heads and equal parts of every share."""
-    shared = {
-        index: layer_counts(plan, index, {"prompt": prompt})
-        for index, count in enumerate(plan.counts)
-        if count.share is not None
-    }
-    found: dict[tuple[int, int, tuple[int | None, ...]], list[int]] = {}
+    shares = layer_shares(plan, {"prompt": prompt}, {})
+    found: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for layer in range(plan.facts.layers):
-        parts = tuple(shared[i][layer] if i in shared else None for i in range(len(plan.counts)))
+        parts = tuple(share[layer] for share in shares)
         for cls in plan.site_classes(layer):
             found.setdefault((cls, len(plan.heads(layer, cls)), parts), []).append(layer)
     return tuple(Group(cls, tuple(layers), heads, parts) for (cls, heads, parts), layers in found.items())
@@ -144,11 +140,7 @@ class _Rows:
         heads = self.group.heads
         length = -(-self.total // heads)
         scalars = {"prompt": self.prompt, "now": self.seen - 1, "chunk": tokens, "step": step, "len": length}
-        known = self.group.shares
-        counts = [
-            part if part is not None else count_value(count, scalars)
-            for part, count in zip(known, self.plan.counts, strict=True)
-        ]
+        counts = [count_value(count, scalars, self.group.parts) for count in self.plan.counts]
         cover = _Cover(self.plan, self.cls, counts, self.seen, self.prompt)
         units = {term.unit for term in self.cls.selections}
         if len(units) == 1 and (name := units.pop()) is not None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompile.kernels.counts import count_value, layer_counts, number, pyramid
+from kvcompile.kernels.counts import count_value, layer_counts, layer_shares, number, pyramid
 from kvcompile.kernels.plan import Count, Expr, ModelFacts
 from kvcompile.passes import compile_policy
 
@@ -84,8 +84,9 @@ def test_shares_go_to_the_layers_that_use_them() -> None:
         "    layers 0, last: keep all\n    keep recent(4) | top(b) by s\n    at prefill.end\n"
     )
     plan = compile_policy(text, ModelFacts(6, 4, 2, 64)).plan
-    index = next(i for i, count in enumerate(plan.counts) if count.share is not None)
-    assert [plan.counts[i].name for i in plan.counts[index].reserve] == ["4"]
-    assert layer_counts(plan, index, {"prompt": 64}) == (0, 24, 16, 8, 0, 0)
-    other = next(i for i, count in enumerate(plan.counts) if count.share is None)
-    assert layer_counts(plan, other, {"prompt": 64}) == (4, 4, 4, 4, 4, 4)
+    (share,) = plan.shares
+    assert [plan.counts[i].name for i in share.reserve] == ["4"]
+    parts = layer_shares(plan, {"prompt": 64}, {})
+    assert parts == ((0, 24, 16, 8, 0, 0),)
+    by_name = {count.name: layer_counts(plan, i, {"prompt": 64}, parts) for i, count in enumerate(plan.counts)}
+    assert by_name == {"b": (0, 24, 16, 8, 0, 0), "4": (4, 4, 4, 4, 4, 4)}

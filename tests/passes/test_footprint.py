@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvcompile.kernels.counts import count_value, layer_counts
+from kvcompile.kernels.counts import count_value, layer_shares
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan, Region
 from kvcompile.passes import compile_policy
 from kvcompile.passes.footprint import footprint
@@ -86,10 +86,8 @@ class Rows:
         if self.cls.keeps_all or not any(self.fires(t, phase, step) for t in self.cls.triggers):
             return
         scalars = {"prompt": self.prompt, "now": self.seen - 1, "chunk": tokens, "step": step}
-        counts = [
-            layer_counts(self.plan, i, scalars)[self.layer] if c.share else count_value(c, scalars)
-            for i, c in enumerate(self.plan.counts)
-        ]
+        parts = [share[self.layer] for share in layer_shares(self.plan, scalars, {})]
+        counts = [count_value(count, scalars, parts) for count in self.plan.counts]
         taken = [
             {p for p in row if any(self.inside(t, p, h, counts) for t in self.cls.keep)}
             for h, row in enumerate(self.rows)

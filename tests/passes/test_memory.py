@@ -35,7 +35,7 @@ def mine(*lines: str) -> str:
         (["keep generated | recent(4)", "at step"], 100, 100, None, 1),
         (["keep recent(now / 2)", "at step"], 100, 100, None, 1),
         (["unit lot(8)", "keep sink(4) | newest lot", "at filled(lot, 2)"], 100, 8, 12, 16),
-        (["share b = 10 by pyramid(5)", "keep top(b) by norm(k)", "at prefill.end, step"], 100, 18, 20, 1),
+        (["share b = 10 by pyramid(5)", "keep top(b) by norm(k)", "at prefill.end, step"], 100, 18, 18, 1),
     ],
 )
 def test_bounds(lines: list[str], prompt: int, prefill: int, step: int | None, overshoot: int) -> None:

@@ -88,7 +88,7 @@ def plan(
     rest = ClassPlan("rest", (Region("all"),), ())
     facts = ModelFacts(layers, kv_heads * group, kv_heads, head_dim, dtype)
     where = class_of or ((0,) * kv_heads,) * layers
-    return PolicyPlan("test", "0" * 16, facts, (some, rest), where, COUNTS, states, page=PAGE)
+    return PolicyPlan("test", "0" * 16, facts, (some, rest), where, COUNTS, states=states, page=PAGE)
 
 
 def module(p: PolicyPlan, spec: KernelSpec, place: Path) -> ModuleType:
