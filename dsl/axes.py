@@ -8,7 +8,7 @@ and functions, reductions of axes that are not there, wrong numbers of arguments
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from kvcompile.dsl import ast, words
@@ -21,30 +21,27 @@ def _ignore(_: Diagnostic) -> None:
     """Findings of an expression that is typed twice are reported once."""
 
 
-def _cycles_to(report: Report) -> Report:
-    """Only findings about cycles pass: they show nowhere but on the way through several scores."""
-
-    def forward(diagnostic: Diagnostic) -> None:
-        if diagnostic.code == "K108":
-            report(diagnostic)
-
-    return forward
-
-
 @dataclass(slots=True)
 class Env:
     """What names mean. `known` maps states, landmarks, shares and local names to their open axes, `scores` the
-    names of scores to their definitions; `units` says whether `[i]` means the tokens of a unit."""
+    names of scores to their definitions; `units` says whether `[i]` means the tokens of a unit. `arriving`: the
+    expression is computed once for each new entry; `losing`: it is about a loser of `merge` or `fold`, of which
+    only the names in `known` are there. `elsewhere` are scores and shares that other prefixes define, `broken`
+    scores that are reported already and have no axes."""
 
     known: Mapping[str, str]
     scores: Mapping[str, ast.Expr] = field(default_factory=dict)
     units: bool = False
     report: Report = _ignore
-    _open: list[str] = field(default_factory=list)
+    arriving: bool = False
+    losing: bool = False
+    elsewhere: frozenset[str] = frozenset()
+    broken: frozenset[str] = frozenset()
+    _axes: dict[str, str | None] = field(default_factory=dict)  # of scores, once each
 
     def names(self) -> set[str]:
         """Every name that an expression may use."""
-        return {*self.known, *self.scores, *words.FIELDS}
+        return {*self.known, *self.scores} | (set() if self.losing else set(words.FIELDS))
 
 
 def ordered(axes: Iterable[str]) -> str:
@@ -62,7 +59,9 @@ def axes_of(expr: ast.Expr | ast.Named, env: Env) -> str | None:
             _portion(expr, env)
             return ""
         case ast.Text():
-            return _bad(env, "K213", "a string is no value here", expr)
+            return _bad(
+                env, "K213", "a string is no value here", expr, "write a number, or a formula such as `norm(k)`"
+            )
         case ast.Name():
             return _name(expr, env)
         case ast.Field():
@@ -76,7 +75,7 @@ def axes_of(expr: ast.Expr | ast.Named, env: Env) -> str | None:
         case ast.Call():
             return _call(expr, env)
         case ast.Named():
-            return _bad(env, "K113", f"no function takes an argument `{expr.name}=`", expr)
+            return _bad(env, "K113", f"no function takes an argument `{expr.name}=`", expr, "leave the name out")
 
 
 def unit_of(word: str, units: Iterable[str]) -> str | None:
@@ -84,7 +83,16 @@ def unit_of(word: str, units: Iterable[str]) -> str | None:
     known = set(units)
     if word in known:
         return word
-    return next((name for name in sorted(known) if word in (name + "s", name + "es")), None)
+    return next((name for name in sorted(known) if word in _plurals(name)), None)
+
+
+def _plurals(name: str) -> tuple[str, ...]:
+    """`page` pages, `box` boxes, `entry` entries, `index` indices."""
+    if name.endswith("y"):
+        return name + "s", name[:-1] + "ies"
+    if name.endswith(("ex", "ix")):
+        return name + "es", name[:-2] + "ices"
+    return name + "s", name + "es"
 
 
 def _bad(env: Env, code: str, message: str, node: ast.Node, hint: str = "") -> str | None:
@@ -104,17 +112,23 @@ def _joined(parts: Iterable[str | None]) -> str | None:
 def _name(expr: ast.Name, env: Env) -> str | None:
     if expr.id in env.known:
         return env.known[expr.id]
+    if expr.id in env.broken:
+        return None
     if expr.id in env.scores:
-        if expr.id in env._open:
-            cycle = " -> ".join([*env._open[env._open.index(expr.id) :], expr.id])
-            return _bad(
-                env, "K108", f"scores are defined by each other: {cycle}", expr, "let one of them stand on its own"
-            )
-        # The score's own clause reports what is wrong inside it.
-        inner = Env(env.known, env.scores, env.units, _cycles_to(env.report), [*env._open, expr.id])
-        return axes_of(env.scores[expr.id], inner)
-    if expr.id in words.FIELDS:
+        if expr.id not in env._axes:
+            # The score's own clause reports what is wrong inside it.
+            env._axes[expr.id] = axes_of(env.scores[expr.id], replace(env, report=_ignore))
+        return env._axes[expr.id]
+    if expr.id in words.FIELDS and not env.losing:
         return words.FIELDS[expr.id]
+    if expr.id in env.elsewhere:
+        return _bad(
+            env,
+            "K101",
+            f"`{expr.id}` is defined below another prefix only",
+            expr,
+            f"move its definition out of the prefix, or write one for these heads: `score {expr.id} = ...`",
+        )
     return _bad(env, "K101", f"unknown name `{expr.id}`", expr, did_you_mean(expr.id, env.names(), "known here"))
 
 
@@ -218,20 +232,12 @@ def _query_source(axis: ast.Axis, env: Env) -> None:
 
 
 def _call(expr: ast.Call, env: Env) -> str | None:
-    arity = words.FUNCTIONS.get(expr.fn)
-    if arity is None:
-        hint = did_you_mean(expr.fn, words.FUNCTIONS, "functions")
-        if expr.fn in words.REDUCTIONS:
-            hint = f"a reduction names its axes: {expr.fn}[q] x"
-        return _bad(env, "K102", f"unknown function `{expr.fn}`", expr, hint)
-    for named in expr.named:
-        _bad(env, "K113", f"`{expr.fn}` takes no argument `{named.name}=`", named, "leave the name out")
-    low, high = arity
-    if not low <= len(expr.args) <= high:
-        if expr.fn in ("min", "max") and len(expr.args) == 1:
-            return _bad(env, "K113", f"`{expr.fn}` of one value", expr, f"a reduction names its axes: {expr.fn}[i] x")
-        wants = f"{low}" if low == high else f"{low} or more"
-        return _bad(env, "K113", f"`{expr.fn}` takes {wants} arguments, not {len(expr.args)}", expr)
+    if env.losing and expr.fn in words.OVER_LOSERS:
+        return _over_losers(expr, env)
+    if not _known_call(expr, env):
+        return None
+    if expr.fn == "learned":
+        return _learned(expr, env)
     parts = [axes_of(arg, env) for arg in expr.args]
     if expr.fn in words.POOLS:
         return _pool(expr, parts[0], env)
@@ -239,7 +245,7 @@ def _call(expr: ast.Call, env: Env) -> str | None:
     if joined is None:
         return None
     if expr.fn == "gumbel":
-        return "i"
+        return words.FIELDS["logit"]
     if expr.fn in words.PAIRS or expr.fn == "norm":
         for part, arg in zip(parts, expr.args, strict=True):
             if part is not None and "d" not in part:
@@ -248,6 +254,70 @@ def _call(expr: ast.Call, env: Env) -> str | None:
                 )
         return joined.replace("d", "")
     return joined
+
+
+def _known_call(expr: ast.Call, env: Env) -> bool:
+    """Whether the language has this function with so many arguments."""
+    arity = words.FUNCTIONS.get(expr.fn)
+    if arity is None:
+        hint = did_you_mean(expr.fn, words.FUNCTIONS, "functions")
+        if expr.fn in words.OVER_LOSERS:
+            hint = f"`{expr.fn}` belongs to the `when` and `weight` of a `merge`"
+        if expr.fn in words.REDUCTIONS:
+            hint = f"a reduction names its axes: {expr.fn}[q] x"
+        _bad(env, "K102", f"unknown function `{expr.fn}`", expr, hint)
+        return False
+    for named in expr.named:
+        _bad(env, "K113", f"`{expr.fn}` takes no argument `{named.name}=`", named, "leave the name out")
+    low, high = arity
+    if low <= len(expr.args) <= high:
+        return True
+    if expr.fn in ("min", "max") and len(expr.args) == 1:
+        _bad(env, "K113", f"`{expr.fn}` of one value", expr, f"a reduction names its axes: {expr.fn}[i] x")
+        return False
+    wants = f"{low}" if low == high else f"{low} to {high}"
+    shape = "such as " + words.SHAPES[expr.fn]
+    _bad(env, "K113", f"`{expr.fn}` takes {wants} arguments, not {len(expr.args)}", expr, shape)
+    return False
+
+
+def _learned(expr: ast.Call, env: Env) -> str | None:
+    """A score that trained weights give each new entry, from its own token's q, k and v."""
+    shape = f"write {words.SHAPES['learned']}"
+    path, *fields = expr.args
+    if not isinstance(path, ast.Text):
+        return _bad(env, "K109", "`learned` wants the name of a file of weights first", path, shape)
+    if not path.value.endswith(".safetensors"):
+        return _bad(env, "K109", "trained weights come in a .safetensors file", path, shape)
+    given = [arg.id if isinstance(arg, ast.Name) else "" for arg in fields]
+    for name, arg in zip(given, fields, strict=True):
+        if name not in ("q", "k", "v") or given.count(name) > 1:
+            return _bad(env, "K109", "`learned` reads q, k and v, each at most once", arg, shape)
+    if not env.arriving:
+        return _bad(
+            env,
+            "K214",
+            "a trained score is given when an entry comes in",
+            expr,
+            f"write `state trained = {expr.span.text}`, and use `trained` here",
+        )
+    return "i"
+
+
+def _over_losers(expr: ast.Call, env: Env) -> str | None:
+    """`mean(x)` over the losers of a row, `ema(x, beta)` of one number per row."""
+    shape = "such as ema(mean(sim), 0.5)"
+    if len(expr.args) != (2 if expr.fn == "ema" else 1) or expr.named:
+        return _bad(env, "K113", f"`{expr.fn}` takes {'two values' if expr.fn == 'ema' else 'one value'}", expr, shape)
+    axes = axes_of(expr.args[0], env)
+    if expr.fn == "mean":
+        return None if axes is None else ""
+    if axes:
+        return _bad(env, "K203", "`ema` goes on from one number per row", expr.args[0], shape)
+    beta = expr.args[1].value if isinstance(expr.args[1], ast.Number) else None
+    if beta is None or not 0 <= beta <= 1:
+        return _bad(env, "K109", "`ema` wants a constant between 0 and 1: the part that stays", expr.args[1], shape)
+    return axes
 
 
 def _pool(expr: ast.Call, body: str | None, env: Env) -> str | None:

@@ -19,6 +19,7 @@ from kvcompile.dsl.source import Source, Span
 MAX_DEPTH = 160  # levels of the parse tree; brackets alone are bounded by layout.MAX_NESTING
 _MAX_DIGITS = 18
 _MAX_EXPONENT = 30
+_LARGEST = 10**18
 _SIZES = {"k": 1024, "m": 1024**2, "g": 1024**3}
 _BARE_REGIONS = frozenset({"prompt", "generated", "frozen"})
 
@@ -409,7 +410,7 @@ class Builder:
         if kind == "SIZE":
             digits = text.rstrip("kKmMgGiIbB")
             unit = _SIZES[text[len(digits)].lower()]
-            value = Fraction(self._digits(digits, token) * unit)
+            value = self._bounded(Fraction(self._digits(digits, token) * unit), token)
             return ast.Number(value, "bytes" if text[-1] in "bB" else "size", span=self.span(tree))
         if kind == "PERCENT":
             return ast.Number(self._decimal(text[:-1], token) / 100, "percent", span=self.span(tree))
@@ -437,4 +438,9 @@ class Builder:
                 self.span(place),
                 f"at most {_MAX_DIGITS} digits, exponents from -{_MAX_EXPONENT} to {_MAX_EXPONENT}",
             )
-        return Fraction(text)
+        return self._bounded(Fraction(text), place)
+
+    def _bounded(self, value: Fraction, place: Part) -> Fraction:
+        if value > _LARGEST:
+            raise fail("K007", "a number too large to be meant", self.span(place), "numbers go up to 1e18")
+        return value

@@ -7,14 +7,16 @@ raised, each finding has a span in one of the policy's sources, and each stands 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from kvcompile.dsl.check_cost import check_cost
 from kvcompile.dsl.check_heads import check_heads
+from kvcompile.dsl.check_losers import check_losers
 from kvcompile.dsl.check_names import check_names
 from kvcompile.dsl.check_scores import check_scores
 from kvcompile.dsl.check_sets import check_sets
 from kvcompile.dsl.check_time import check_time
-from kvcompile.dsl.context import Context
+from kvcompile.dsl.context import Context, Enough
 from kvcompile.dsl.diagnostics import Diagnostic
 from kvcompile.dsl.resolve import Resolved
 
@@ -22,6 +24,7 @@ CHECKS: tuple[Callable[[Context], None], ...] = (
     check_names,
     check_scores,
     check_sets,
+    check_losers,
     check_heads,
     check_time,
     check_cost,
@@ -31,8 +34,9 @@ CHECKS: tuple[Callable[[Context], None], ...] = (
 def check(resolved: Resolved) -> tuple[Diagnostic, ...]:
     """Findings about a resolved policy; only those of severity `error` keep it from being compiled."""
     context = Context.of(resolved)
-    for diagnostic in resolved.findings:
-        context.report(diagnostic)
-    for one in CHECKS:
-        one(context)
+    with suppress(Enough):
+        for diagnostic in resolved.findings:
+            context.report(diagnostic)
+        for one in CHECKS:
+            one(context)
     return tuple(sorted(context.findings.values(), key=lambda d: (d.span.source.name, d.span.start, d.code)))

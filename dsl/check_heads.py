@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvcompile.dsl import ast, words
 from kvcompile.dsl.context import Context
 from kvcompile.dsl.diagnostics import did_you_mean
+from kvcompile.dsl.graphs import cycles
 
 
 def check_heads(context: Context) -> None:
@@ -19,7 +22,7 @@ def check_heads(context: Context) -> None:
             if isinstance(prefix, ast.HeadsPrefix):
                 used.setdefault(prefix.name, prefix)
                 if prefix.name != "rest" and prefix.name not in declared:
-                    hint = did_you_mean(prefix.name, [*declared, "rest"]) or f"declare `heads {prefix.name} = ...`"
+                    hint = did_you_mean(prefix.name, [*declared, "rest"]) or _declare(prefix.name)
                     context.say("K601", f"no head class `{prefix.name}` is declared", prefix, hint)
     for learn in context.resolved.learns:
         if learn.heads.id not in declared:
@@ -27,23 +30,34 @@ def check_heads(context: Context) -> None:
                 "K601",
                 f"no head class `{learn.heads.id}` of this policy to learn",
                 learn.heads,
-                did_you_mean(learn.heads.id, declared, "its classes"),
+                did_you_mean(learn.heads.id, declared, "its classes") or _declare(learn.heads.id),
             )
+    _cycles(context, declared)
     _overlaps(context, used, declared)
-    _left_out(context, used, declared)
+    _left_out(context, declared)
+
+
+def _declare(name: str) -> str:
+    return f'declare it: `heads {name} = table("masks.tsv", top=30%)`'
+
+
+def _cycles(context: Context, declared: dict[str, ast.HeadsDecl]) -> None:
+    edges = {
+        name: [(source.name, source) for source in decl.sources if isinstance(source, ast.HeadsSame)]
+        for name, decl in declared.items()
+    }
+    for path, use in cycles(edges):
+        context.say(
+            "K108", f"head classes are defined by each other: {' -> '.join(path)}", use, "name a table or `rest`"
+        )
 
 
 def _source(context: Context, decl: ast.HeadsDecl, source: ast.HeadSource, declared: dict[str, ast.HeadsDecl]) -> None:
     match source:
         case ast.HeadsSame():
             if source.name not in declared:
-                context.say(
-                    "K601", f"no head class `{source.name}` is declared", source, did_you_mean(source.name, declared)
-                )
-            elif decl.name in _behind(source.name, declared):
-                context.say(
-                    "K108", f"the head class `{decl.name}` is defined by itself", source, "name a table or `rest`"
-                )
+                hint = did_you_mean(source.name, declared) or _declare(source.name)
+                context.say("K601", f"no head class `{source.name}` is declared", source, hint)
         case ast.HeadsRest():
             if len(decl.sources) > 1:
                 context.say(
@@ -66,7 +80,13 @@ def _call(context: Context, source: ast.Call) -> None:
     if len(source.args) != 1 or not isinstance(source.args[0], ast.Text):
         context.say("K604", f"`{source.fn}` wants one string", source, example)
     for named in source.named:
-        if named.name != "top":
+        if named.name == "tokens" and source.fn == "probe":
+            value = named.value.value if isinstance(named.value, ast.Number) else None
+            if value is None or value < 2 or value.denominator != 1:
+                context.say(
+                    "K109", "`tokens=` is a whole number, at least 2", named, 'such as probe("echo", top=1%, tokens=1k)'
+                )
+        elif named.name != "top":
             context.say("K604", f"`{source.fn}` takes no argument `{named.name}=`", named, example)
         elif not (
             isinstance(named.value, ast.Number)
@@ -74,6 +94,18 @@ def _call(context: Context, source: ast.Call) -> None:
             and 0 <= named.value.value <= 1
         ):
             context.say("K210", "`top=` is the part of all heads that the class takes", named, example)
+    if source.fn == "probe":
+        _probe(context, source, example)
+
+
+def _probe(context: Context, source: ast.Call, example: str) -> None:
+    """A probe scores heads, so it needs a threshold."""
+    kind = source.args[0].value if source.args and isinstance(source.args[0], ast.Text) else None
+    if kind is not None and kind not in words.PROBES:
+        hint = did_you_mean(kind, words.PROBES, "probes") or example
+        context.say("K604", f"there is no probe `{kind}`", source.args[0], hint)
+    if source.get("top") is None:
+        context.say("K604", "`probe` does not say which part of the heads the class takes", source, example)
 
 
 def _behind(name: str, declared: dict[str, ast.HeadsDecl]) -> set[str]:
@@ -110,17 +142,26 @@ def _overlaps(context: Context, used: dict[str, ast.HeadsPrefix], declared: dict
                 break
 
 
-def _left_out(context: Context, used: dict[str, ast.HeadsPrefix], declared: dict[str, ast.HeadsDecl]) -> None:
+def _left_out(context: Context, declared: dict[str, ast.HeadsDecl]) -> None:
+    """Where some heads of some layers have a `keep` of their own, the others need one too."""
     keeps = context.resolved.of(ast.Keep)
-    if not keeps or any(placed.heads is None and placed.layers is None for placed in keeps):
-        return
-    named = {placed.heads for placed in keeps if placed.heads is not None and placed.layers is None}
-    whole = "rest" in named or any(
-        isinstance(source, ast.HeadsRest)
-        for name in named
-        for base in _behind(name, declared)
-        for source in declared[base].sources
+    plain = {placed.layers for placed in keeps if placed.heads is None}
+    named: dict[ast.LayersPrefix | None, dict[str, ast.HeadsPrefix]] = {}
+    for placed in keeps:
+        for prefix in placed.prefixes:
+            if isinstance(prefix, ast.HeadsPrefix):
+                named.setdefault(placed.layers, {}).setdefault(prefix.name, prefix)
+    everywhere = _whole(named.get(None, {}), declared)
+    for layers, classes in named.items():
+        if not (everywhere or {None, layers} & plain or _whole(classes, declared)):
+            place = next(iter(classes.values()))
+            context.say("K603", "the prefixes leave heads without a `keep`", place, "add `rest: keep all`")
+
+
+def _whole(classes: Iterable[str], declared: dict[str, ast.HeadsDecl]) -> bool:
+    """Whether one of the classes is what the others leave."""
+    return any(
+        name == "rest"
+        or any(isinstance(s, ast.HeadsRest) for base in _behind(name, declared) for s in declared[base].sources)
+        for name in classes
     )
-    if named and not whole:
-        place = used[sorted(named)[0]]
-        context.say("K603", "the prefixes leave heads without a `keep`", place, "add `rest: keep all`")

@@ -7,23 +7,24 @@ from collections.abc import Iterable
 from kvcompile.dsl import ast, words
 from kvcompile.dsl.context import Context
 from kvcompile.dsl.diagnostics import did_you_mean, finding
+from kvcompile.dsl.printer import text
 from kvcompile.dsl.source import Span
 
 
 def check_names(context: Context) -> None:
     """Declarations of the policy, then the words of formats, events, losers and positions."""
     _declarations(context)
+    for prefix in {id(p): p for placed in context.resolved.clauses for p in placed.prefixes}.values():
+        if isinstance(prefix, ast.LayersPrefix):
+            _layers(context, prefix)
     for placed in context.resolved.clauses:
         match placed.clause:
             case ast.Store() as clause:
-                _formats(context, clause.formats)
-            case ast.Keep() as clause:
-                for loser in clause.losers:
-                    _loser(context, loser)
+                check_formats(context, clause.formats)
             case ast.On() as clause:
                 _on(context, clause)
             case ast.Positions() as clause:
-                _known(context, clause.mode, words.POSITIONS, "mode of positions", clause)
+                known_word(context, clause.mode, words.POSITIONS, "mode of positions", clause)
             case ast.Unit() as clause:
                 _unit(context, clause)
             case ast.Share() as clause:
@@ -70,6 +71,17 @@ def _declarations(context: Context) -> None:
                 known.add(placed.prefixes)
 
 
+def _layers(context: Context, prefix: ast.LayersPrefix) -> None:
+    """Ranges that hold no layer, whatever the model."""
+    for item in prefix.items:
+        if not isinstance(item, ast.LayerRange) or item.first.from_last != item.last.from_last:
+            continue
+        step = -1 if item.first.from_last else 1
+        if step * item.first.number > step * item.last.number:
+            turned = text(ast.LayersPrefix((ast.LayerRange(item.last, item.first),)))
+            context.say("K402", "the range runs backwards, so it holds no layer", item, f"write `{turned}`")
+
+
 def _reserved(context: Context, name: str, what: str, span: Span) -> None:
     if name in words.RESERVED:
         context.report(
@@ -82,21 +94,24 @@ def _reserved(context: Context, name: str, what: str, span: Span) -> None:
         )
 
 
-def _known(context: Context, word: str, known: Iterable[str], what: str, node: ast.Node) -> bool:
+def known_word(context: Context, word: str, known: Iterable[str], what: str, node: ast.Node) -> bool:
+    """Whether a word is one of those known here; reported if not."""
     if word in known:
         return True
-    context.say("K116", f"unknown {what} `{word}`", node, did_you_mean(word, known, f"known: {what}"))
+    context.say("K116", f"unknown {what} `{word}`", node, did_you_mean(word, known, "known here"))
     return False
 
 
-def _count(context: Context, what: str, given: int, arity: tuple[int, int], node: ast.Node) -> None:
+def argument_count(context: Context, what: str, given: int, arity: tuple[int, int], node: ast.Node, shape: str) -> None:
+    """Report another number of arguments than the construct takes."""
     low, high = arity
     if not low <= given <= high:
         wants = f"{low}" if low == high else f"{low} to {high}"
-        context.say("K113", f"`{what}` takes {wants} arguments, not {given}", node)
+        context.say("K113", f"`{what}` takes {wants} arguments, not {given}", node, shape)
 
 
-def _formats(context: Context, formats: tuple[ast.Format, ...]) -> None:
+def check_formats(context: Context, formats: tuple[ast.Format, ...]) -> None:
+    """The words of `store ... as ...`."""
     for form in formats:
         for word in form.words:
             match word:
@@ -109,32 +124,13 @@ def _formats(context: Context, formats: tuple[ast.Format, ...]) -> None:
                             did_you_mean(word.name, words.FORMATS, "formats"),
                         )
                 case ast.Grain():
-                    _known(context, word.what, words.GRAINS, "grain of a format", word)
+                    known_word(context, word.what, words.GRAINS, "grain of a format", word)
                 case ast.Move():
-                    _known(context, word.tier, words.TIERS, "tier", word)
-
-
-def _loser(context: Context, loser: ast.Loser) -> None:
-    match loser:
-        case ast.Merge():
-            _known(context, loser.into, ("nearest",), "target of a merge", loser)
-            context.say(
-                "K401",
-                "keys are merged after their rotation, which belongs to another position each",
-                loser,
-                "published so; values alone can be averaged without loss of meaning",
-            )
-        case ast.Fold():
-            if _known(context, loser.fn, words.FOLDS, "fold", loser):
-                _count(context, loser.fn, len(loser.args) + len(loser.named), words.FOLDS[loser.fn], loser)
-        case ast.Requant():
-            _formats(context, loser.formats)
-        case ast.Move():
-            _known(context, loser.tier, words.TIERS, "tier", loser)
+                    known_word(context, word.tier, words.TIERS, "tier", word)
 
 
 def _on(context: Context, clause: ast.On) -> None:
-    _known(context, clause.event, words.EVENTS, "event", clause)
+    known_word(context, clause.event, words.EVENTS, "event", clause)
     for update in clause.updates:
         if update.name not in context.states:
             context.report(
@@ -153,7 +149,7 @@ def _unit(context: Context, clause: ast.Unit) -> None:
             "K113", f"a unit takes one size or condition, not {len(clause.args)}", clause, "such as `unit page(16)`"
         )
     for named in clause.named:
-        _known(context, named.name, ("stride", "order"), "argument of a unit", named)
+        known_word(context, named.name, ("stride", "order"), "argument of a unit", named)
 
 
 def _share(context: Context, clause: ast.Share) -> None:
@@ -161,4 +157,5 @@ def _share(context: Context, clause: ast.Share) -> None:
     if by.fn not in words.SHARES:
         context.say("K102", f"no way to share by `{by.fn}`", by, did_you_mean(by.fn, words.SHARES, "shares"))
         return
-    _count(context, by.fn, len(by.args) + len(by.named), words.SHARES[by.fn], by)
+    shape = f"write `by {words.SHARE_SHAPES[by.fn]}`"
+    argument_count(context, by.fn, len(by.args) + len(by.named), words.SHARES[by.fn], by, shape)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvcompile.dsl import ast, words
 from kvcompile.dsl.axes import Env, axes_of
-from kvcompile.dsl.context import Context
+from kvcompile.dsl.context import Context, Prefixes, constant, linear, negative, shown
 from kvcompile.dsl.printer import text
 
 _OPEN_AXIS = {
@@ -17,56 +19,72 @@ _OPEN_AXIS = {
 
 def check_scores(context: Context) -> None:
     """Type every expression. What a set makes of its score is checked with the set."""
-    env = context.env()
     for placed in context.resolved.clauses:
+        env = context.env(placed.prefixes)
         match placed.clause:
             case ast.Score() as clause:
-                axes_of(ast.Name(clause.name, span=clause.name_span), env)
                 axes_of(clause.value, env)
             case ast.Unit() as clause:
                 _unit(context, clause, env)
             case ast.State() as clause:
                 for assign in clause.assigns:
-                    _per_entry(context, assign.value, env, "the first value of a state", allowed="i")
+                    first = replace(env, arriving=True)
+                    _per_entry(context, assign.value, first, "the first value of a state", allowed="i")
             case ast.On() as clause:
-                # `on attend` runs query by query, so the queries may stay open.
-                if clause.where is not None:
-                    _per_entry(context, clause.where, env, "the condition", allowed="giq")
-                for update in clause.updates:
-                    _per_entry(context, update.value, env, "the update", allowed="giq")
+                _on(context, clause, replace(env, arriving=clause.event == "insert"))
             case ast.Share() as clause:
                 _share(context, clause, env)
     for placed in context.resolved.ats:
         if isinstance(placed.clause, ast.At):
             for trigger in placed.clause.triggers:
                 if trigger.cond is not None:
-                    axes_of(trigger.cond, env)
+                    _condition(context, trigger.cond, context.env(placed.prefixes))
 
 
-def check_selection_score(context: Context, by: ast.Expr, env: Env, allowed: str, keeps: bool, wants: str) -> None:
-    """A score used by a set: at least one of the axes `wants` and nothing beyond `allowed` may be open. g stands
-    for mean[g]; a query stays open in attend sets only, where each query selects for itself."""
-    axes = axes_of(by, env)
+def _on(context: Context, clause: ast.On, env: Env) -> None:
+    # `on attend` runs query by query, `on insert` entry by entry with its own query: so the queries may stay open.
+    allowed = "gi" if clause.event == "step" else "giq"
+    if clause.where is not None:
+        _per_entry(context, clause.where, env, "the condition", allowed)
+    for update in clause.updates:
+        _per_entry(context, update.value, env, "the update", allowed)
+
+
+def _condition(context: Context, cond: ast.Expr, env: Env) -> None:
+    """The condition of a trigger: one number per row. `q` is the newest query, `prev.q` the one before it."""
+    for axis in axes_of(cond, env) or "":
+        if axis not in "gq":
+            hint = "reduce the entries, such as `max[i] ...`" if axis == "i" else _OPEN_AXIS.get(axis, "reduce it")
+            context.say("K202", f"a condition is one number per row, and axis `{axis}` is open here", cond, hint)
+
+
+def check_selection_score(
+    context: Context, by: ast.Expr, prefixes: Prefixes, wants: str, decides: str, free: str = "iug"
+) -> None:
+    """A score used by a set: at least one of the axes `wants` and nothing beyond `free` may be open. A left-over g
+    stands for mean[g], or for each query head under `per query_head`. A query stays open in attend sets only, where
+    each query selects for itself; `decides` names what decides without one, or is empty."""
+    axes = axes_of(by, context.env(prefixes))
     if axes is None:
         return
-    place = _place_of(context, by)
-    if keeps and "q" in axes:
+    place = _place_of(context, by, prefixes)
+    if decides and "q" in axes:
         context.say(
             "K204",
-            "the score leaves the queries open, but keep and store decide without a query",
+            f"the score leaves the queries open, but {decides} decides without a query",
             place,
-            _bracket_hint(context, by, "q") or _OPEN_AXIS["q"],
+            _bracket_hint(context, by, "q", prefixes) or _OPEN_AXIS["q"],
         )
-    left = [axis for axis in axes if axis not in allowed + "g" and axis != "q"]
+    left = [axis for axis in axes if axis not in free and axis != "q"]
     for axis in left:
         context.say(
             "K202",
             f"the score leaves axis `{axis}` open",
             place,
-            _bracket_hint(context, by, axis) or _OPEN_AXIS.get(axis, "reduce it"),
+            _bracket_hint(context, by, axis, prefixes) or _OPEN_AXIS.get(axis, "reduce it"),
         )
     if not left and not set(wants) & set(axes):
-        what = "unit" if wants == "u" else "entry"
+        what = "unit" if wants[0] == "u" else "entry"
         context.say(
             "K203",
             f"the score is the same number for every {what}, so it ranks nothing",
@@ -75,17 +93,16 @@ def check_selection_score(context: Context, by: ast.Expr, env: Env, allowed: str
         )
 
 
-def _place_of(context: Context, by: ast.Expr) -> ast.Node:
+def _place_of(context: Context, by: ast.Expr, prefixes: Prefixes) -> ast.Node:
     """Where to point: into the definition of a score rather than at its name."""
-    if isinstance(by, ast.Name) and by.id in context.scores:
-        return context.scores[by.id].value
-    return by
+    score = context.score_at(by.id, prefixes) if isinstance(by, ast.Name) else None
+    return by if score is None else score.value
 
 
-def _bracket_hint(context: Context, by: ast.Expr, axis: str) -> str:
+def _bracket_hint(context: Context, by: ast.Expr, axis: str, prefixes: Prefixes = ()) -> str:
     """For `sum[d] q * k`: a reduction binds closer than the operator to its right."""
-    env = context.env(quiet=True)
-    for node in context.reads(by):
+    env = context.env(prefixes, quiet=True)
+    for node in context.reads(by, prefixes):
         if not isinstance(node, ast.Binary) or not isinstance(node.left, ast.Reduce):
             continue
         reduce = node.left
@@ -112,8 +129,12 @@ def _per_entry(context: Context, expr: ast.Expr, env: Env, what: str, allowed: s
 def _unit(context: Context, clause: ast.Unit, env: Env) -> None:
     for arg in (*clause.args, *(named.value for named in clause.named)):
         axes_of(arg, env)
+    sizes = [*clause.args[:1], *(named.value for named in clause.named if named.name == "stride")]
+    for size in sizes:
+        _whole(context, size, 1, "a unit holds a whole number of entries, at least 1", "such as `unit page(16)`")
     if clause.offset is not None:
         axes_of(clause.offset, env)
+        _whole(context, clause.offset, 0, "units begin at a whole position, at least 0", "such as `from 4`")
     for landmark in clause.landmarks:
         axes = axes_of(landmark.value, env)
         for axis in axes or "":
@@ -126,20 +147,42 @@ def _unit(context: Context, clause: ast.Unit, env: Env) -> None:
                 )
 
 
+def _whole(context: Context, expr: ast.Expr, least: int, message: str, hint: str) -> None:
+    value = constant(expr)
+    if value is not None and (value < least or value.denominator != 1):
+        context.say("K205", message, expr, hint)
+
+
 def _share(context: Context, clause: ast.Share, env: Env) -> None:
     total = axes_of(clause.total, env)
     if total:
         context.say("K211", "the total of a share is one number", clause.total, "such as `budget - observe`")
-    if clause.by.fn == "table":
+    count = linear(clause.total)
+    if count is not None and negative(count):
+        context.say(
+            "K205",
+            f"this total is {shown(count)}, whatever the prompt",
+            clause.total,
+            "what the regions take comes off the budget: it must be larger than they are",
+        )
+    by, arg = clause.by, clause.by.args[0] if clause.by.args else None
+    if arg is None or by.fn not in words.SHARES:
         return
-    for arg in clause.by.args:
-        axes = axes_of(arg, env)
-        allowed = "gi" if clause.by.fn == "cover" else "g"
-        for axis in axes or "":
-            if axis not in allowed and axis in words.AXES:
-                context.say(
-                    "K202",
-                    f"`{clause.by.fn}` leaves axis `{axis}` open",
-                    arg,
-                    "a share weighs layers: one number per layer, such as `softmax(-var[i] acc)`",
-                )
+    shape = f"write {words.SHARE_SHAPES[by.fn]}"
+    if by.fn == "table":
+        if not isinstance(arg, ast.Text):
+            context.say("K109", "`table` wants the name of a file of weights, one per layer", arg, shape)
+        return
+    axes = axes_of(arg, env)
+    if by.fn == "pyramid" and (axes or not (constant(arg) or 0) > 0):
+        context.say("K109", "`pyramid` wants a constant above 0: the first layer's part over the last's", arg, shape)
+        return
+    allowed = "gi" if by.fn == "cover" else "g"
+    for axis in axes or "":
+        if axis not in allowed:
+            hint = "a share weighs layers: one number per layer, such as `softmax(-var[i] acc)`"
+            if by.fn == "cover":
+                hint = _OPEN_AXIS.get(axis, "reduce it")
+            context.say("K202", f"`{by.fn}` leaves axis `{axis}` open", arg, hint)
+    if by.fn == "cover" and axes is not None and "i" not in axes:
+        context.say("K203", "`cover` wants one number per entry", arg, "such as `cover(mean[h] sum[q] attn)`")

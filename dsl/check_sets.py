@@ -3,33 +3,64 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TypeVar
 
 from kvcompile.dsl import ast, words
 from kvcompile.dsl.axes import Env, axes_of, unit_of
 from kvcompile.dsl.check_scores import check_selection_score
-from kvcompile.dsl.context import WHOLE_COUNT, Context, Linear, SetClause, broken_count, linear, negative
+from kvcompile.dsl.context import (
+    WHOLE_COUNT,
+    Context,
+    Linear,
+    SetClause,
+    broken_count,
+    constant,
+    linear,
+    negative,
+    shown,
+)
 from kvcompile.dsl.diagnostics import did_you_mean
+from kvcompile.dsl.graphs import cycles
 from kvcompile.dsl.resolve import Placed
+
+C = TypeVar("C")
 
 
 def check_sets(context: Context) -> None:
-    """Every set clause by itself, then `attend` against `keep`."""
-    env = context.env()
+    """Every set clause by itself, then picks that use each other, then `attend` against `keep`."""
     for placed, clause in context.sets():
-        keeps = isinstance(clause, ast.Keep | ast.Store)
+        env = context.env(placed.prefixes)
         for term in clause.set.terms:
             match term:
                 case ast.Region():
                     _region(context, term, env)
                 case ast.Ref():
-                    _ref(context, term)
+                    _ref(context, term, placed)
                 case ast.Where():
-                    check_selection_score(context, term.cond, env, "iu", keeps, "iu")
+                    check_selection_score(context, term.cond, placed.prefixes, "iu", _decides(context, clause))
                 case ast.Selection():
-                    _selection(context, term, clause, env, keeps)
+                    _selection(context, term, placed, clause)
         _all_beside_others(context, clause)
-        if isinstance(clause, ast.Attend):
-            _wider_than_keep(context, placed, clause)
+    _pick_cycles(context)
+    _wider_than_keep(context)
+
+
+def _decides(context: Context, clause: SetClause) -> str:
+    """What decides without a query here, in words; empty for `attend` and for picks that only `attend` names."""
+    if isinstance(clause, ast.Pick):
+        return "a pick that `keep` names" if context.keeps(clause) else ""
+    return "" if isinstance(clause, ast.Attend) else f"`{type(clause).__name__.lower()}`"
+
+
+def _pick_cycles(context: Context) -> None:
+    """Picks that hold themselves, through whatever others."""
+    edges = {
+        name: [(term.name, term) for term in pick.set.terms if isinstance(term, ast.Ref)]
+        for name, pick in context.picks.items()
+    }
+    for path, use in cycles(edges):
+        message = f"picks are defined by each other: {' -> '.join(path)}"
+        context.say("K108", message, use, "let one of them stand on its own")
 
 
 def _region(context: Context, term: ast.Region, env: Env) -> None:
@@ -57,12 +88,12 @@ def _region(context: Context, term: ast.Region, env: Env) -> None:
             _amount(context, arg, env, fraction=False)
 
 
-def _ref(context: Context, term: ast.Ref) -> None:
+def _ref(context: Context, term: ast.Ref, placed: Placed) -> None:
     if term.name in context.picks:
         return
     known = [*words.REGIONS, *context.picks]
     hint = did_you_mean(term.name, known, "regions")
-    if term.name in context.scores:
+    if context.score_at(term.name, placed.prefixes) is not None:
         hint = f"a score selects by `top(n) by {term.name}`"
     elif words.REGIONS.get(term.name):
         hint = f"it takes a count: `{term.name}(n)`"
@@ -77,7 +108,8 @@ def _unit(context: Context, word: str, node: ast.Node) -> str | None:
     return unit
 
 
-def _selection(context: Context, term: ast.Selection, clause: SetClause, env: Env, keeps: bool) -> None:
+def _selection(context: Context, term: ast.Selection, placed: Placed, clause: SetClause) -> None:
+    env = context.env(placed.prefixes)
     by_unit = term.unit is not None
     if by_unit:
         _unit(context, term.unit or "", term)
@@ -87,7 +119,7 @@ def _selection(context: Context, term: ast.Selection, clause: SetClause, env: En
             context.say("K210", "`cover` wants the part of the mass to reach", term.amount, "such as cover(95%)")
     else:
         _amount(context, term.amount, env, fraction=True, regions=clause.set)
-    check_selection_score(context, term.by, env, "iu", keeps, "u" if by_unit else "iu")
+    check_selection_score(context, term.by, placed.prefixes, "ui" if by_unit else "iu", _decides(context, clause))
     _scopes(context, term, clause, env)
 
 
@@ -110,6 +142,8 @@ def _scopes(context: Context, term: ast.Selection, clause: SetClause, env: Env) 
         if scope.size is not None:
             if scope.what == "layers":
                 _amount(context, scope.size, env, fraction=False)
+                if constant(scope.size) == 0:
+                    context.say("K205", "no layers share a decision", scope.size, "such as `shared layers(8)`")
             else:
                 context.say(
                     "K111", f"`{scope.kind} {scope.what}` takes no number", scope, "only `shared layers(n)` does"
@@ -129,14 +163,18 @@ def _scopes(context: Context, term: ast.Selection, clause: SetClause, env: Env) 
         context.say("K208", f"{listed} contradict each other", term, "keep one of them")
     if ("shared", "layers") in seen and ("across", "layers") in seen:
         context.say("K208", "`shared layers` and `across layers` contradict each other", term, "keep one of them")
-    if isinstance(clause, ast.Keep) and ("per", "query_head") in seen:
-        context.say(
-            "K207",
-            "the query heads of a group share one memory, so the union of their choices stays: up to as "
-            "many times the count as a group has query heads",
-            term,
-            "`per head` with `mean[g]` keeps exactly the count",
-        )
+    if context.keeps(clause) and ("per", "query_head") in seen:
+        context.say("K207", _union_grows(term), term, "`per head` with `mean[g]` keeps exactly the count")
+
+
+def _union_grows(term: ast.Selection) -> str:
+    """By how much the union of a group's choices may outgrow the count of each."""
+    count = constant(term.amount)
+    grown = f", {count * 4} where 4 of them share a KV head" if count is not None and count >= 1 else ""
+    return (
+        "query heads share the memory of their KV head, so the union of their choices stays: up to "
+        f"{term.amount.span.text or 'the count'} for each of them{grown}"
+    )
 
 
 def _amount(context: Context, expr: ast.Expr, env: Env, fraction: bool, regions: ast.SetUnion | None = None) -> None:
@@ -166,7 +204,7 @@ def _amount(context: Context, expr: ast.Expr, env: Env, fraction: bool, regions:
         hint = (
             f"the regions of this set take {taken}; the budget must be at least that" if taken else "counts begin at 0"
         )
-        context.say("K205", f"this count is {_shown(count)}, whatever the prompt", expr, hint)
+        context.say("K205", f"this count is {shown(count)}, whatever the prompt", expr, hint)
 
 
 def _taken(union: ast.SetUnion) -> str:
@@ -175,14 +213,7 @@ def _taken(union: ast.SetUnion) -> str:
         if isinstance(term, ast.Region) and term.kind in ("sink", "recent") and term.args:
             for name, value in (linear(term.args[0]) or {}).items():
                 total[name] = total.get(name, Fraction(0)) + value
-    return _shown(total) if any(total.values()) else ""
-
-
-def _shown(count: Linear) -> str:
-    parts = [
-        f"{float(v):g}" if not name else f"{float(v * 100):g}% of {name}" for name, v in sorted(count.items()) if v
-    ]
-    return " and ".join(parts)
+    return shown(total) if any(total.values()) else ""
 
 
 def _all_beside_others(context: Context, clause: SetClause) -> None:
@@ -197,22 +228,55 @@ def _all_beside_others(context: Context, clause: SetClause) -> None:
         )
 
 
-def _wider_than_keep(context: Context, placed: Placed, clause: ast.Attend) -> None:
-    """`attend` may name only what some `keep` of the same heads leaves in memory; selections leave that open."""
+_Rows = tuple[str | None, ast.LayersPrefix | None]  # the head class and the layers of some rows, None for all
+
+
+def _wider_than_keep(context: Context) -> None:
+    """`attend` may name only what the `keep` of the same heads leaves in memory; selections leave that open."""
+    attends: dict[_Rows, list[ast.Attend]] = {}
+    keeps: dict[_Rows, list[tuple[ast.Keep, tuple[ast.Trigger, ...]]]] = {}
+    for placed, clause in context.sets():
+        rows = placed.heads, placed.layers
+        if isinstance(clause, ast.Attend):
+            attends.setdefault(rows, []).append(clause)
+        elif isinstance(clause, ast.Keep):
+            keeps.setdefault(rows, []).append((clause, placed.triggers))
+    for rows in dict.fromkeys([*attends, *keeps]) if attends else ():
+        # More than a few at one place differ in triggers at best, which `_twice` has a word about.
+        for attend in _governing(attends, rows)[:4]:
+            for keep, triggers in _governing(keeps, rows)[:4]:
+                _reaches_beyond(context, attend, _region_sizes(keep), triggers)
+
+
+def _governing(clauses: dict[_Rows, list[C]], rows: _Rows) -> list[C]:
+    """The clauses of most detail that speak for some rows."""
+    heads, layers = rows
+    found = ((heads, layers), (heads, None), (None, layers), (None, None))
+    return next((clauses[key] for key in found if key in clauses), [])
+
+
+def _region_sizes(keep: ast.Keep) -> dict[str, Linear]:
+    """The sizes of `sink` and `recent` of a set that is made of nothing else; empty for other sets."""
     sizes: dict[str, Linear] = {}
-    for other, keep in context.sets():
-        if not isinstance(keep, ast.Keep) or other.heads != placed.heads or other.layers != placed.layers:
-            continue
-        for term in keep.set.terms:
-            count = linear(term.args[0]) if isinstance(term, ast.Region) and term.args else None
-            if not isinstance(term, ast.Region) or term.kind not in ("sink", "recent") or count is None:
-                return
-            sizes[term.kind] = count
+    for term in keep.set.terms:
+        count = linear(term.args[0]) if isinstance(term, ast.Region) and term.args else None
+        if not isinstance(term, ast.Region) or term.kind not in ("sink", "recent") or count is None:
+            return {}
+        sizes[term.kind] = count
+    return sizes
+
+
+def _reaches_beyond(
+    context: Context, attend: ast.Attend, sizes: dict[str, Linear], triggers: tuple[ast.Trigger, ...]
+) -> None:
     if not sizes:
         return
-    for term in clause.set.terms:
+    every_step = any(trigger.name == "step" for trigger in triggers)
+    for term in attend.set.terms:
         if not isinstance(term, ast.Region) or term.kind not in ("sink", "recent", "prompt", "generated", "stride"):
             continue
+        if term.kind in ("recent", "generated") and not every_step:
+            continue  # new entries stay until the set is decided anew
         count = linear(term.args[0]) if term.args else None
         kept = sizes.get(term.kind)
         if term.kind in ("sink", "recent") and count is None:
@@ -221,9 +285,5 @@ def _wider_than_keep(context: Context, placed: Placed, clause: ast.Attend) -> No
             extra = {n: kept.get(n, Fraction(0)) - count.get(n, Fraction(0)) for n in {*kept, *count}}
             if not negative(extra):
                 continue
-        context.say(
-            "K206",
-            f"`{term.span.text}` reaches entries that `keep` drops",
-            term,
-            "read no more than is kept, or keep more",
-        )
+        hint = f"read no more than is kept: `{term.kind}({shown(kept)})`" if kept else "keep it too"
+        context.say("K206", f"`{term.span.text}` reaches entries that `keep` drops", term, f"{hint}, or keep more")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from kvcompile.dsl import ast, words
 from kvcompile.dsl.axes import axes_of, unit_of
-from kvcompile.dsl.context import Context, SetClause, constant
+from kvcompile.dsl.context import Context, Prefixes, SetClause, constant
 from kvcompile.dsl.diagnostics import did_you_mean, finding
 from kvcompile.dsl.resolve import Placed
 
-_Time = tuple[type, tuple[ast.Prefix, ...], tuple[ast.Trigger, ...]]  # what is set, for whom, when
+_Time = tuple[type, tuple[ast.Prefix, ...], frozenset[ast.Trigger]]  # what is set, for whom, when
 
 
 def check_time(context: Context) -> None:
@@ -17,7 +17,7 @@ def check_time(context: Context) -> None:
     for placed in context.resolved.ats:
         if isinstance(placed.clause, ast.At):
             for trigger in placed.clause.triggers:
-                _trigger(context, trigger)
+                _trigger(context, trigger, placed.prefixes)
             if not any(id(t) in governing for t in placed.clause.triggers):
                 context.say(
                     "K306", "no set stands above this `at`", placed.clause, "move it below the sets that it times"
@@ -33,7 +33,7 @@ def check_time(context: Context) -> None:
     _grows(context)
 
 
-def _trigger(context: Context, trigger: ast.Trigger) -> None:
+def _trigger(context: Context, trigger: ast.Trigger, prefixes: Prefixes) -> None:
     arity = words.TRIGGERS.get(trigger.name)
     if arity is None:
         context.say(
@@ -57,7 +57,7 @@ def _trigger(context: Context, trigger: ast.Trigger) -> None:
                 unit,
                 did_you_mean(name, context.units, "units") or f"declare it: `unit {name}(128)`",
             )
-    env = context.env()
+    env = context.env(prefixes)
     for number in numbers:
         axes = axes_of(number, env)
         value = constant(number)
@@ -85,12 +85,7 @@ def _untimed(context: Context, placed: Placed, clause: SetClause) -> None:
     if isinstance(clause, ast.Attend):
         needed = chooses
     else:
-        needed = not (
-            len(clause.set.terms) == 1
-            and isinstance(clause.set.terms[0], ast.Region)
-            and clause.set.terms[0].kind == "all"
-            and isinstance(clause, ast.Keep)
-        )
+        needed = not (len(clause.set.terms) == 1 and _is_all(clause.set.terms[0]) and isinstance(clause, ast.Keep))
     if needed:
         verb = type(clause).__name__.lower()
         context.say(
@@ -106,11 +101,11 @@ def _queries(context: Context, placed: Placed, clause: SetClause) -> None:
     names = {trigger.name for trigger in placed.triggers}
     for term in clause.set.terms:
         by = term.by if isinstance(term, ast.Selection) else term.cond if isinstance(term, ast.Where) else None
-        for axis in context.reads(by) if by is not None else ():
-            if not isinstance(axis, ast.Axis) or not isinstance(axis.source, ast.Call):
+        for axis in context.query_axes(by, placed.prefixes) if by is not None else ():
+            if not isinstance(axis.source, ast.Call):
                 continue
             width = axis.source.span.text.partition("(")[2] or "64)"
-            if axis.source.fn == "last" and "chunk" in names and isinstance(clause, ast.Keep):
+            if axis.source.fn == "last" and "chunk" in names and context.keeps(clause):
                 context.say(
                     "K301",
                     "under `at chunk` these are the last queries of each piece, not of the prompt",
@@ -122,7 +117,7 @@ def _queries(context: Context, placed: Placed, clause: SetClause) -> None:
                     "K307",
                     "`peek` looks past the end of a piece, and no piece ends here",
                     axis,
-                    f"write `q in last({width}`, or `at chunk(c)`",
+                    f"write `q in last({width}`, or `at chunk(8192)`",
                 )
 
 
@@ -141,29 +136,36 @@ def _rejudged(context: Context, placed: Placed, clause: ast.Keep) -> None:
 
 
 def _twice(context: Context, seen: set[_Time], placed: Placed, clause: SetClause) -> None:
-    time = type(clause), placed.prefixes, placed.triggers
+    time = type(clause), placed.prefixes, frozenset(placed.triggers)
     if time in seen:
         verb = type(clause).__name__.lower()
-        context.say("K106", f"a second `{verb}` for the same heads, layers and time", clause, "join the sets by `|`")
+        hint = "join the sets by `|`, or give each an `at` of its own below it"
+        context.say("K106", f"a second `{verb}` for the same heads, layers and time", clause, hint)
     seen.add(time)
 
 
 def _grows(context: Context) -> None:
-    """Say it where no set drops what is generated. Layers and classes that keep all by intent do not count."""
-    for placed, clause in context.sets():
-        if not isinstance(clause, ast.Keep):
-            continue
-        everything = any(isinstance(t, ast.Region) and t.kind == "all" for t in clause.set.terms)
-        if not everything and any(t.name in words.DECODE_TRIGGERS for t in placed.triggers):
-            return
+    """Say it where no set drops what is generated: at the policy, or at the rows that grow beside others that do not.
+    Layers and classes that keep all by intent do not count."""
     if any(isinstance(placed.clause, ast.Off) for placed in context.resolved.clauses):
         return
-    header = context.resolved.header
-    context.report(
-        finding(
-            "K303",
-            "nothing is evicted in decode, so the cache grows by every generated token",
-            header.header,
-            "add `step` or `every(n)` to the `at` of a `keep`, if that is not meant",
-        )
-    )
+    stays: dict[Prefixes, ast.Keep] = {}
+    drops: set[Prefixes] = set()
+    for placed, clause in context.sets():
+        if not isinstance(clause, ast.Keep) or any(_is_all(term) for term in clause.set.terms):
+            continue
+        if any(t.name in words.DECODE_TRIGGERS for t in placed.triggers):
+            drops.add(placed.prefixes)
+        else:
+            stays.setdefault(placed.prefixes, clause)
+    hint = "add `step` or `every(128)` to the `at` of a `keep`, if that is not meant"
+    if not drops:
+        message = "nothing is evicted in decode, so the cache grows by every generated token"
+        context.report(finding("K303", message, context.resolved.header.header, hint))
+    for prefixes, clause in stays.items() if drops else ():
+        if prefixes not in drops:
+            context.say("K303", "nothing is evicted here in decode, so these rows grow by every token", clause, hint)
+
+
+def _is_all(term: ast.Term) -> bool:
+    return isinstance(term, ast.Region) and term.kind == "all"

@@ -103,6 +103,11 @@ CATALOGUE: dict[str, Code] = {
     "K211": Code("error", "count", "A count is one number per row: a constant, a run-time number or a share."),
     "K212": Code("warning", "nothing left to select", "A region of the union already takes every entry."),
     "K213": Code("error", "not a value", "The construct needs a number or an expression here."),
+    "K214": Code(
+        "error",
+        "trained score out of place",
+        "`learned` scores an entry as it comes in: in the first value of a state, or `on insert`.",
+    ),
     # ------------------------------------------------------------ K3: time
     "K301": Code(
         "error",
@@ -135,13 +140,17 @@ CATALOGUE: dict[str, Code] = {
     "K602": Code("error", "head classes overlap", "Every KV head belongs to one class."),
     "K603": Code("error", "heads left out", "Prefixed clauses must say something for every head, or `rest` must."),
     "K604": Code("error", "head source", "Head classes come from table(...), probe(...), another class or rest."),
-    "K610": Code("error", "head table unreadable", "The table is no readable text file of a sensible size."),
+    "K610": Code("error", "table unreadable", "The table is no readable text file of a sensible size."),
     "K611": Code("error", "head table value", "A head table holds finite numbers only."),
     "K612": Code("error", "head table shape", "A head table has one line per layer and one number per KV head."),
     "K613": Code(
         "error", "head table needs a threshold", 'Say which part of the heads the class takes: table("f.tsv", top=30%).'
     ),
     "K614": Code("warning", "threshold ignored", "A table of only 0 and 1 is taken as it is."),
+    "K615": Code("error", "trained scores unreadable", "`learned` reads a safetensors file of at most 1 GiB."),
+    "K616": Code("error", "trained scores do not fit", "The file must hold finite weights of this model's shape."),
+    "K617": Code("warning", "probe not run", "Which heads a probe finds is known once it has run on the model."),
+    "K618": Code("error", "share table", "A share's table has one number per layer, none of them negative."),
     # ------------------------------------------------------------ K7: binding to a model
     "K701": Code("error", "no such layer", "The policy names a layer that the model does not have."),
     "K702": Code("error", "head classes do not fit the model", "After binding, every KV head needs exactly one class."),
@@ -149,6 +158,7 @@ CATALOGUE: dict[str, Code] = {
     "K704": Code("error", "not a whole number", "The number must be a positive whole number once bound."),
     "K705": Code("error", "what cannot be combined", "Two clauses ask for things that exclude each other on one head."),
     "K706": Code("error", "model not supported", "The model lacks something that the policy needs."),
+    "K707": Code("error", "pick not filled", "A layer can keep only what an earlier layer, or the same, has picked."),
     # ------------------------------------------------------------ K9: parsed, not lowered by this version
     "K901": Code("error", "clause not lowered yet", "This version reads the clause but cannot run it."),
     "K902": Code("error", "region not lowered yet", "This version reads the region but cannot run it."),
@@ -156,11 +166,10 @@ CATALOGUE: dict[str, Code] = {
     "K904": Code("error", "scope not lowered yet", "This version reads the scope but cannot run it."),
     "K905": Code("error", "score form not lowered yet", "This version reads the expression but cannot run it."),
     "K906": Code("error", "state update not lowered yet", "This version reads the update but cannot run it."),
-    "K907": Code("error", "head source not lowered yet", "This version reads the head source but cannot run it."),
     "K908": Code("error", "loser action not lowered yet", "This version reads the action but cannot run it."),
     "K909": Code("error", "format not lowered yet", "This version reads the format but cannot run it."),
     "K910": Code("error", "attend not lowered yet", "This version reads the attend set but cannot run it."),
-    "K911": Code("error", "compact positions not lowered yet", "This version keeps original positions only."),
+    "K911": Code("error", "positions not lowered yet", "Positions are one thing for the whole policy."),
     "K912": Code("error", "switched-off layers not lowered yet", "This version runs every attention layer."),
     "K913": Code("error", "unit form not lowered yet", "This version runs units of a fixed size only."),
     "K914": Code("error", "share form not lowered yet", "This version reads the share but cannot run it."),

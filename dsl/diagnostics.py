@@ -15,6 +15,8 @@ from kvcompile.dsl.codes import Severity, severity
 from kvcompile.dsl.source import Source, Span
 
 _WIDTH = 110  # columns of source text shown around a caret
+_LONGEST = 400  # characters of a message or hint
+_WORD = 40  # characters of a word that are compared
 _SHOWN = 20  # findings rendered in full by str(PolicyError)
 
 
@@ -39,10 +41,15 @@ class Diagnostic:
     def __str__(self) -> str:
         return render(self)
 
+    def to_dict(self) -> dict[str, str | int]:
+        """As plain data, for `--json`."""
+        words = {"code": self.code, "severity": self.severity, "message": self.message, "file": self.span.source.name}
+        return {**words, "line": self.line, "column": self.column, "hint": self.hint}
+
 
 def finding(code: str, message: str, span: Span, hint: str = "") -> Diagnostic:
     """A diagnostic with the severity that the catalogue gives its code."""
-    return Diagnostic(code, severity(code), message, span, hint)
+    return Diagnostic(code, severity(code), _clipped(message), span, _clipped(hint))
 
 
 class PolicyError(Exception):
@@ -82,10 +89,18 @@ def render(diagnostic: Diagnostic) -> str:
     return "\n".join(out)
 
 
+def _clipped(text: str) -> str:
+    """Words of a policy stand in messages, and nothing bounds the length of a word."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word most like `word`, or an empty string when none is close."""
-    close = difflib.get_close_matches(word.lower()[:80], sorted(set(known))[:500], n=1, cutoff=0.6)
-    return close[0] if close else ""
+    word = word.lower()[:_WORD]
+    # The comparison is slow, so only words of about that length get so far.
+    near = sorted(set(known), key=lambda other: (abs(len(other) - len(word)), other))[:100]
+    close = difflib.get_close_matches(word, [other[:_WORD] for other in near], n=1, cutoff=0.6)
+    return next((other for other in near if close and other.startswith(close[0])), "")
 
 
 def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:

@@ -23,7 +23,6 @@ from xdsl.irdl import (
     prop_def,
     result_def,
     traits_def,
-    var_operand_def,
 )
 from xdsl.traits import Pure
 from xdsl.utils.exceptions import VerifyException
@@ -36,10 +35,10 @@ BINARY = ("+", "-", "*", "/", "max", "min", "<", "<=", ">", ">=", "==", "!=", "a
 PAIRS = ("dot", "cos")
 POOLS = ("max", "avg")
 SCALARS = ("prompt", "now", "chunk", "step", "len")
-SOURCES = ("forward", "last", "peek")
+SOURCES = ("forward", "last", "peek", "sample", "previous")
 EVIDENCE = ("attn", "logit")
 # A field inside a unit's landmark is read per unit, so its type gains the axis u.
-FIELDS = {"k": "id", "v": "id", "pos": "i", "age": "i", "next.k": "uid", "next.v": "uid"}
+FIELDS = {"k": "id", "v": "id", "raw.k": "id", "pos": "i", "age": "i", "count": "i", "next.k": "uid", "next.v": "uid"}
 
 
 def join(*axes: str) -> str:
@@ -162,38 +161,61 @@ class FieldOp(ExprOp):
         return join(FIELDS[self.what.data], "u" if "u" in axes_of(self.res) else "")
 
 
+class SourcedOp(ExprOp):
+    """An op about queries: `source` says whose, `width` how many (0 for "forward" and "sample"), `part` which part.
+
+    With u open, entries are those of each unit.
+    """
+
+    source = prop_def(StringAttr)
+    width = prop_def(INT)
+    part = opt_prop_def(StringAttr)
+
+    def check_source(self) -> None:
+        kind, width = self.source.data, self.width.value.data
+        one_of("query source", kind, SOURCES)
+        if (width == 0) != (kind in ("forward", "sample")) or width < 0:
+            raise VerifyException(f"{width} queries of source '{kind}': 'forward' takes 0, others 1 or more")
+        if (self.part is None) != (kind != "sample") or (self.part is not None and not 0 < rational(self.part) <= 1):
+            raise VerifyException("a sample is a part of the queries, above 0 and up to 1; other sources have none")
+
+
+Source = tuple[str, int, Fraction]  # kind, width, part
+FORWARD: Source = ("forward", 0, Fraction(0))
+
+
+def source_props(source: Source) -> dict[str, Attribute]:
+    """The properties of a `SourcedOp`."""
+    kind, width, part = source
+    found: dict[str, Attribute] = {"source": StringAttr(kind), "width": IntegerAttr(width, i64)}
+    return found | ({"part": StringAttr(str(part))} if kind == "sample" else {})
+
+
 @irdl_op_definition
-class EvidenceOp(ExprOp):
-    """Attention of queries to entries: `kv.evidence "attn" over "last" 64 : !kv.expr<"gqi">`; width 0 for "forward"."""
+class EvidenceOp(SourcedOp):
+    """Attention of queries to entries: `kv.evidence "attn" over "last" 64 : !kv.expr<"gqi">`."""
 
     name = "kv.evidence"
     what = prop_def(StringAttr)
-    source = prop_def(StringAttr)
-    width = prop_def(INT)
     res = result_def(ExprType)
     traits = traits_def(Pure())
-    assembly_format = "$what `over` $source $width attr-dict `:` type($res)"
+    assembly_format = "$what `over` $source $width (`part` $part^)? attr-dict `:` type($res)"
 
-    def __init__(self, what: str, source: str, width: int) -> None:
+    def __init__(self, what: str, source: Source = FORWARD, per_unit: bool = False) -> None:
         super().__init__(
-            properties={"what": StringAttr(what), "source": StringAttr(source), "width": IntegerAttr(width, i64)},
-            result_types=[ExprType("gqi")],
+            properties=source_props(source) | {"what": StringAttr(what)},
+            result_types=[ExprType("gqui" if per_unit else "gqi")],
         )
 
     def expected_axes(self) -> str:
         one_of("evidence", self.what.data, EVIDENCE)
-        one_of("query source", self.source.data, SOURCES)
-        width = self.width.value.data
-        if (width == 0) != (self.source.data == "forward") or width < 0:
-            raise VerifyException(
-                f"{width} queries of source '{self.source.data}': 'forward' takes 0, others 1 or more"
-            )
-        return "gqi"
+        self.check_source()
+        return "gqui" if "u" in axes_of(self.res) else "gqi"
 
 
 @irdl_op_definition
 class ReadOp(ExprOp):
-    """An entry's own state: `kv.read "acc" : !kv.expr<"i">`."""
+    """An entry's own state: `kv.read "acc" : !kv.expr<"i">`; with u open, of the entries of each unit."""
 
     name = "kv.read"
     state = prop_def(StringAttr)
@@ -201,11 +223,11 @@ class ReadOp(ExprOp):
     traits = traits_def(Pure())
     assembly_format = "$state attr-dict `:` type($res)"
 
-    def __init__(self, state: str) -> None:
-        super().__init__(properties={"state": StringAttr(state)}, result_types=[ExprType("i")])
+    def __init__(self, state: str, per_unit: bool = False) -> None:
+        super().__init__(properties={"state": StringAttr(state)}, result_types=[ExprType("ui" if per_unit else "i")])
 
     def expected_axes(self) -> str:
-        return "i"
+        return "ui" if "u" in axes_of(self.res) else "i"
 
 
 @irdl_op_definition
@@ -367,37 +389,14 @@ class PairOp(ExprOp):
 
 @irdl_op_definition
 class CountOp(IRDLOperation):
-    """A number of entries, truncated once. With `share` it is the mean per layer; `reserve` lists the counts
-    that the same union sets aside first: `kv.count "b" %0 share "pyramid" "20" reserve %1`.
-    """
+    """A number of entries, truncated once: `kv.count "budget - observe" %0`."""
 
     name = "kv.count"
     label = prop_def(StringAttr)
     amount = operand_def(SCALAR)
-    share = opt_prop_def(StringAttr)
-    parameter = opt_prop_def(StringAttr)
-    reserve = var_operand_def(base(CountType))
     res = result_def(CountType)
     traits = traits_def(Pure())
-    assembly_format = "$label $amount (`share` $share^ $parameter)? (`reserve` $reserve^)? attr-dict"
+    assembly_format = "$label $amount attr-dict"
 
-    def __init__(
-        self,
-        label: str,
-        amount: SSAValue,
-        share: tuple[str, Fraction] | None = None,
-        reserve: Sequence[SSAValue] = (),
-    ) -> None:
-        properties: dict[str, Attribute] = {"label": StringAttr(label)}
-        if share is not None:
-            properties |= {"share": StringAttr(share[0]), "parameter": StringAttr(str(share[1]))}
-        super().__init__(operands=[amount, list(reserve)], properties=properties, result_types=[CountType()])
-
-    def verify_(self) -> None:
-        if (self.share is None) != (self.parameter is None):
-            raise VerifyException("a share has a kind and a parameter")
-        if self.share is None or self.parameter is None:
-            return
-        one_of("share", self.share.data, ("pyramid",))
-        if rational(self.parameter) < 1:
-            raise VerifyException(f"pyramid({self.parameter.data}): the parameter is at least 1")
+    def __init__(self, label: str, amount: SSAValue) -> None:
+        super().__init__(operands=[amount], properties={"label": StringAttr(label)}, result_types=[CountType()])

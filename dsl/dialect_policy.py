@@ -21,6 +21,7 @@ from xdsl.dialects.builtin import (
 )
 from xdsl.ir import Attribute, Block, Dialect, Region, SSAValue
 from xdsl.irdl import (
+    AttrSizedOperandSegments,
     IRDLOperation,
     irdl_op_definition,
     operand_def,
@@ -35,13 +36,18 @@ from xdsl.traits import IsolatedFromAbove, NoTerminator, SymbolOpInterface
 from xdsl.utils.exceptions import VerifyException
 
 from kvcompile.dsl import dialect as kv
+from kvcompile.dsl import dialect_sources as sources
 from kvcompile.dsl.dialect import INT, ExprType, axes_of, one_of, rational
-from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, SetType, TopOp, TriggerAttr, UnionOp
+from kvcompile.dsl.dialect_counts import BytesOp, PartOp, ShareOp, ShareType
+from kvcompile.dsl.dialect_losers import LoserOp, LoserType
+from kvcompile.dsl.dialect_sets import KeepOp, PickOp, RegionOp, SetType, TopOp, TriggerAttr, UnionOp
+
+PROBES = ("induction", "echo")
 
 
 @irdl_op_definition
 class StateOp(IRDLOperation):
-    """A float32 per entry: starts at `init`, grows by `add` for every query that reads.
+    """A float32 per entry: starts at `init`, grows by `add`, a sum over queries that reads no state.
 
     `kv.state "acc" init %0 add %1 : !kv.expr<""> , !kv.expr<"i">`
     """
@@ -60,6 +66,37 @@ class StateOp(IRDLOperation):
             raise VerifyException(f"a state starts from one value per entry, not from axes '{axes_of(self.init)}'")
         if self.add is not None and axes_of(self.add) != "i":
             raise VerifyException(f"a state grows by one value per entry, found axes '{axes_of(self.add)}'")
+
+
+@irdl_op_definition
+class UpdateOp(IRDLOperation):
+    """States that change on an event, left to right: `kv.update "attend" ["seen"] %0 : !kv.expr<"i"> where %1 : ...`.
+
+    `attend` runs once per query in position order, `insert` for new entries, `step` after the reads of a step.
+    """
+
+    name = "kv.update"
+    event = prop_def(StringAttr)
+    states = prop_def(ArrayAttr[StringAttr])
+    values = var_operand_def(ExprType)
+    where = opt_operand_def(ExprType)
+    irdl_options = (AttrSizedOperandSegments(as_property=True),)
+    assembly_format = "$event $states $values `:` type($values) (`where` $where^ `:` type($where))? attr-dict"
+
+    def __init__(self, event: str, assigns: Sequence[tuple[str, SSAValue]], where: SSAValue | None = None) -> None:
+        properties: dict[str, Attribute] = {
+            "event": StringAttr(event),
+            "states": ArrayAttr([StringAttr(name) for name, _ in assigns]),
+        }
+        super().__init__(operands=[[value for _, value in assigns], where], properties=properties)
+
+    def verify_(self) -> None:
+        one_of("event", self.event.data, ("attend", "insert", "step"))
+        if not self.states or len(self.states) != len(self.values):
+            raise VerifyException(f"{len(self.states)} states for {len(self.values)} values")
+        for value in (*self.values, *((self.where,) if self.where is not None else ())):
+            if axes_of(value) not in ("", "i"):
+                raise VerifyException(f"a state changes by one value per entry, found axes '{axes_of(value)}'")
 
 
 @irdl_op_definition
@@ -95,16 +132,22 @@ class UnitOp(IRDLOperation):
 
 @irdl_op_definition
 class HeadsOp(IRDLOperation):
-    """One source of a head class: `kv.heads "retrieval" table "masks.tsv" top "3/10"`, `kv.heads "local" rest`."""
+    """One source of a head class: `kv.heads "retrieval" "table" "masks.tsv" top "3/10"`, `kv.heads "local" "rest" ""`.
+
+    A `probe` names what is measured, and of how many random tokens where that is said.
+    """
 
     name = "kv.heads"
     label = prop_def(StringAttr)
     kind = prop_def(StringAttr)
     source = prop_def(StringAttr)
     top = opt_prop_def(StringAttr)
-    assembly_format = "$label $kind $source (`top` $top^)? attr-dict"
+    tokens = opt_prop_def(INT)
+    assembly_format = "$label $kind $source (`top` $top^)? (`tokens` $tokens^)? attr-dict"
 
-    def __init__(self, label: str, kind: str, source: str = "", top: Fraction | None = None) -> None:
+    def __init__(
+        self, label: str, kind: str, source: str = "", top: Fraction | None = None, tokens: int | None = None
+    ) -> None:
         properties: dict[str, Attribute] = {
             "label": StringAttr(label),
             "kind": StringAttr(kind),
@@ -112,12 +155,19 @@ class HeadsOp(IRDLOperation):
         }
         if top is not None:
             properties["top"] = StringAttr(str(top))
+        if tokens is not None:
+            properties["tokens"] = IntegerAttr(tokens, i64)
         super().__init__(properties=properties)
 
     def verify_(self) -> None:
-        one_of("head source", self.kind.data, ("table", "same", "rest"))
+        kind = self.kind.data
+        one_of("head source", kind, ("table", "probe", "same", "rest"))
         if self.top is not None and not 0 <= rational(self.top) <= 1:
             raise VerifyException(f"top {self.top.data} is not between 0 and 1")
+        if kind == "probe":
+            one_of("probe", self.source.data, PROBES)
+        if (kind == "probe" and self.top is None) or (self.tokens is not None and kind != "probe"):
+            raise VerifyException("a probe has a part of the heads, and nothing else has tokens")
 
 
 @irdl_op_definition
@@ -170,6 +220,21 @@ class SiteOp(IRDLOperation):
 
 
 @irdl_op_definition
+class PositionsOp(IRDLOperation):
+    """What a key is rotated by: `kv.positions "compact"` is its place in the row; without the op, its position."""
+
+    name = "kv.positions"
+    mode = prop_def(StringAttr)
+    assembly_format = "$mode attr-dict"
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(properties={"mode": StringAttr(mode)})
+
+    def verify_(self) -> None:
+        one_of("positions", self.mode.data, ("compact",))
+
+
+@irdl_op_definition
 class ScheduleOp(IRDLOperation):
     """How forwards run: piece size (0: the whole prompt), peeked tokens, newest queries kept, tokens a page."""
 
@@ -212,24 +277,31 @@ class PolicyOp(IRDLOperation):
     def verify_(self) -> None:
         ops = list(self.body.block.ops)
         classes = [op.sym_name.data for op in ops if isinstance(op, ClassOp)]
-        keeps = [op.of.root_reference.data for op in ops if isinstance(op, KeepOp)]
-        for names, what in ((classes, "class"), (keeps, "keep of class")):
-            if len(set(names)) != len(names):
-                raise VerifyException(f"a {what} is there twice: {', '.join(sorted(names))}")
+        if len(set(classes)) != len(classes):
+            raise VerifyException(f"a class is there twice: {', '.join(sorted(classes))}")
+        if sum(isinstance(op, PositionsOp) for op in ops) > 1:
+            raise VerifyException("positions are said once")
         states = {op.label.data for op in ops if isinstance(op, StateOp)}
         units = {op.label.data: op for op in ops if isinstance(op, UnitOp)}
+        picks = {op.label.data for op in ops if isinstance(op, PickOp)}
         for op in ops:
             match op:
-                case KeepOp() if op.of.root_reference.data not in classes:
-                    raise VerifyException(f"keep of an undeclared class '{op.of.root_reference.data}'")
+                case KeepOp() | PickOp() if op.of.root_reference.data not in classes:
+                    raise VerifyException(f"a set of an undeclared class '{op.of.root_reference.data}'")
                 case SiteOp() if missing := {ref.root_reference.data for ref in op.classes} - set(classes):
                     raise VerifyException(f"site of undeclared classes {', '.join(sorted(missing))}")
                 case kv.ReadOp() if op.state.data not in states:
                     raise VerifyException(f"undeclared state '{op.state.data}'")
+                case UpdateOp() if lost := {name.data for name in op.states} - states:
+                    raise VerifyException(f"undeclared states {', '.join(sorted(lost))}")
+                case RegionOp() if op.pick is not None and op.pick.data not in picks:
+                    raise VerifyException(f"undeclared pick '{op.pick.data}'")
                 case kv.LandmarkOp():
                     _check_landmark(op, units.get(op.unit.data))
-                case RegionOp() | TopOp() if op.unit is not None and op.unit.data not in units:
-                    raise VerifyException(f"undeclared unit '{op.unit.data}'")
+                case RegionOp() | TopOp():
+                    named = [op.unit, op.whole] if isinstance(op, TopOp) else [op.unit]
+                    if unknown := [unit.data for unit in named if unit is not None and unit.data not in units]:
+                        raise VerifyException(f"undeclared unit '{unknown[0]}'")
                 case _:
                     pass
 
@@ -246,8 +318,10 @@ KV = Dialect(
     "kv",
     [
         *(kv.ConstOp, kv.ScalarOp, kv.FieldOp, kv.EvidenceOp, kv.ReadOp, kv.LandmarkOp, kv.ReduceOp, kv.PoolOp),
-        *(kv.UnaryOp, kv.BinaryOp, kv.PairOp, kv.CountOp, RegionOp, TopOp, UnionOp, StateOp, UnitOp, HeadsOp),
-        *(ClassOp, SiteOp, KeepOp, ScheduleOp, PolicyOp),
+        *(kv.UnaryOp, kv.BinaryOp, kv.PairOp, kv.CountOp, BytesOp, ShareOp, PartOp),
+        *(sources.QueriesOp, sources.NoiseOp, sources.LearnedOp, sources.SimOp, sources.EmaOp),
+        *(RegionOp, TopOp, UnionOp, StateOp, UpdateOp, UnitOp, HeadsOp, ClassOp, SiteOp, LoserOp, KeepOp, PickOp),
+        *(PositionsOp, ScheduleOp, PolicyOp),
     ],
-    [kv.ExprType, kv.CountType, SetType, TriggerAttr],
+    [kv.ExprType, kv.CountType, ShareType, SetType, LoserType, TriggerAttr],
 )

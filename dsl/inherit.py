@@ -12,6 +12,8 @@ from kvcompile.dsl import ast, library
 from kvcompile.dsl.diagnostics import did_you_mean, fail
 from kvcompile.dsl.load import Loaded, library_file
 
+MAX_LINE = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Flat:
@@ -34,6 +36,9 @@ def lineage(loaded: Loaded) -> tuple[Loaded, ...]:
             )
         seen.add(_key(above))
         line.append(above)
+        if len(line) > MAX_LINE:
+            message = f"policies extend each other more than {MAX_LINE} deep"
+            raise fail("K008", message, parent.span, "extend a policy nearer to the top")
     return tuple(line)
 
 

@@ -2,7 +2,8 @@
 
 Takes the lexer's tokens of a text without blank or comment lines at its end; gives the stream that the grammar
 wants (`_NL`, `_INDENT`, `_DEDENT`). Guarantees: a block opens only after a line whose last token is a colon; other
-deeper lines, and lines inside brackets, continue the clause above; nesting is bounded.
+deeper lines, and lines inside brackets, continue the clause above; nesting and length are
+bounded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from lark.lark import PostLex
 from lark.lexer import Token
 
 MAX_NESTING = 64
+MAX_WORDS = 10_000  # words and marks of a text: library policies have about a hundred
 
 _OPEN = frozenset({"LPAR", "LSQB"})
 _CLOSE = frozenset({"RPAR", "RSQB"})
@@ -32,15 +34,21 @@ class Layout(PostLex):
     always_accept = ("_NL",)
 
     def process(self, stream: Iterator[Token]) -> Iterator[Token]:
-        """Rewrite the line ends of one text."""
+        """Rewrite the line ends of one text, and see that no two words touch."""
         indents = [0]
         depth = 0
         previous: Token | None = None
-        for token in stream:
+        for count, token in enumerate(stream):
+            if count > MAX_WORDS:
+                raise LayoutError(
+                    "K009", f"the text has more than {MAX_WORDS} words", *_place(token), "is this a policy text?"
+                )
             if token.type == "_NL":
                 if depth == 0:
                     yield from _line_end(token, previous, indents)
                 continue
+            if previous is not None and previous.end_pos == token.start_pos and _is_word(previous) and _is_word(token):
+                raise _touching(previous, token)
             if previous is None and token.line == 1:
                 indents[0] = (token.column or 1) - 1
             depth = max(depth + (token.type in _OPEN) - (token.type in _CLOSE), 0)
@@ -98,6 +106,19 @@ def _line_end(token: Token, previous: Token | None, indents: list[int]) -> Itera
             end,
             "give every clause of a block the same indentation",
         )
+
+
+def _is_word(token: Token) -> bool:
+    return (token[-1:] + token[:1]).replace("_", "a").isalnum()
+
+
+def _touching(first: Token, second: Token) -> LayoutError:
+    """Where only some words may stand, the lexer would find one of them at the start of `elsewhere`."""
+    hint = f"put a blank between `{first}` and `{second}`, or write another word"
+    if first.type in ("INT", "FLOAT", "SIZE"):
+        hint = f"names begin with a letter; a product is written `{first} * {second}`"
+    message = f"`{first}{second}` is no word of the language here"
+    return LayoutError("K001", message, _place(first)[0], _place(second)[1], hint)
 
 
 def _empty_block(colon: Token) -> LayoutError:

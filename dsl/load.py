@@ -17,6 +17,8 @@ from kvcompile.dsl import ast, library
 from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, did_you_mean, fail, finding, outside
 from kvcompile.dsl.parser import MAX_BYTES, parse
 
+MAX_POLICIES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -87,44 +89,52 @@ def _from_library(name: str) -> tuple[ast.File, Path | None, str | None]:
 
 def _from_path(path: str | bytes) -> tuple[ast.File, Path | None, str | None]:
     shown = os.fsdecode(path)
-    where = Path(shown)
+    return parse(read_text(shown), shown), Path(shown).parent, None
+
+
+def read_text(path: str) -> str:
+    """The text of a policy file, its line ends as they are. PolicyError for what cannot be read."""
+    where = Path(path)
     try:
         if where.is_dir():
             inside = sorted(p.name for p in where.glob("*.kvp"))[:5]
             hint = f"it holds {', '.join(inside)}" if inside else "name a .kvp file inside it"
-            raise fail("K011", "the policy path is a directory", outside(shown), hint)
+            raise fail("K011", "the policy path is a directory", outside(path), hint)
         with where.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+            return decode(stream.read(MAX_BYTES + 1), path)
     except FileNotFoundError:
         known = where.name.removesuffix(".kvp")
         near = [p.name for p in where.parent.glob("*.kvp")] if where.parent.is_dir() else []
-        hint = f"the library has `{known}`: leave out the path" if known in library.names() else ""
+        hint = f"the library has `{known}`: leave out the path" if path != known and known in library.names() else ""
         raise fail(
             "K011",
             "no such policy file",
-            outside(shown),
+            outside(path),
             hint or did_you_mean(where.name, near, f"in {where.parent}") or "check the path",
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise fail(
-            "K010", f"cannot read the policy file: {reason}", outside(shown), "check the path and its rights"
+            "K010", f"cannot read the policy file: {reason}", outside(path), "check the path and its rights"
         ) from None
+
+
+def decode(data: bytes, name: str) -> str:
+    """The text in the bytes of a policy file; a byte order mark is left out."""
     if len(data) > MAX_BYTES:
-        raise fail(
-            "K009", f"the policy file is larger than {MAX_BYTES} bytes", outside(shown), "is this a policy file?"
-        )
+        raise fail("K009", f"the policy file is larger than {MAX_BYTES} bytes", outside(name), "is this a policy file?")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise fail(
-            "K010", f"the policy file is not UTF-8 (byte {error.start})", outside(shown), "save it as UTF-8 text"
-        ) from None
-    return parse(text, shown), where.parent, None
+        message = f"the policy file is not UTF-8 (byte {error.start})"
+        raise fail("K010", message, outside(name), "save it as UTF-8 text") from None
 
 
 def _distinct(file: ast.File) -> None:
     """Names of a file stand for one thing, and learn blocks belong to a policy beside them."""
+    if len(file.policies) > MAX_POLICIES:
+        place = file.policies[MAX_POLICIES].header
+        raise fail("K009", f"the text holds more than {MAX_POLICIES} policies", place, "split it into several files")
     problems: list[Diagnostic] = []
     groups: list[tuple[str, Sequence[ast.Declaration]]] = [("policy", file.policies), ("head class", file.heads)]
     groups += [("parameter", policy.params) for policy in file.policies]
@@ -136,9 +146,9 @@ def _distinct(file: ast.File) -> None:
                 problems.append(finding("K106", message, node.name_span, "give one of them another name"))
             seen.add(node.name)
     known = [policy.name for policy in file.policies]
-    for learn in file.learns:
+    for learn in file.learns[:MAX_POLICIES]:
         if learn.policy.id not in known:
-            hint = did_you_mean(learn.policy.id, known, "policies here")
+            hint = did_you_mean(learn.policy.id, known, "policies here") or "write the policy beside it"
             message = f"no policy `{learn.policy.id}` in this text to learn for"
             problems.append(finding("K013", message, learn.policy.span, hint))
     if problems:

@@ -11,42 +11,66 @@ from collections.abc import Iterable
 from xdsl.ir import Operation, SSAValue
 
 from kvcompile.dsl import dialect as kv
-from kvcompile.dsl.dialect_policy import StateOp, UnitOp
-from kvcompile.dsl.dialect_sets import TopOp
+from kvcompile.dsl.dialect_policy import StateOp, UnitOp, UpdateOp
+from kvcompile.dsl.dialect_sets import PickOp, RegionOp, TopOp, UnionOp
+from kvcompile.dsl.dialect_sources import LearnedOp, NoiseOp, QueriesOp
+
+_OF_HEADS = (kv.EvidenceOp, QueriesOp, NoiseOp, LearnedOp)
+
+
+def below(value: SSAValue) -> list[Operation]:
+    """All operations that a value is computed from by its operands."""
+    seen: dict[Operation, None] = {}
+    todo = [value.owner]
+    while todo:
+        op = todo.pop()
+        if isinstance(op, Operation) and op not in seen:
+            seen[op] = None
+            todo += [operand.owner for operand in op.operands]
+    return list(seen)
 
 
 def reads_all_heads(value: SSAValue, ops: Iterable[Operation]) -> bool:
     """Whether a value, or a landmark that it reads, is reduced over `h`."""
     landmarks = _landmarks(ops)
-    seen: set[SSAValue] = set()
-    todo = [value]
+    todo, seen = [value], set()
     while todo:
-        op = (here := todo.pop()).owner
-        if here in seen or not isinstance(op, Operation):
-            continue
-        seen.add(here)
-        if isinstance(op, kv.ReduceOp) and op.axis.data == "h":
-            return True
-        todo += op.operands
-        if isinstance(op, kv.LandmarkOp):
-            todo.append(landmarks[op.unit.data, op.landmark.data])
+        here = todo.pop()
+        for op in below(here):
+            if isinstance(op, kv.ReduceOp) and op.axis.data == "h":
+                return True
+            if isinstance(op, kv.LandmarkOp) and (key := (op.unit.data, op.landmark.data)) not in seen:
+                seen.add(key)
+                todo.append(landmarks[key])
     return False
 
 
 def decides_for_all(top: TopOp, ops: Iterable[Operation]) -> bool:
     """Whether a selection needs every head of the layer to hold the same entries."""
-    return top.scope.data == "shared" or reads_all_heads(top.score, list(ops))
-
-
-def parts_heads(top: TopOp, ops: Iterable[Operation]) -> bool:
-    """Whether a selection may take other entries in one head than in another, from rows that hold the same ones."""
     ops = list(ops)
-    adds = {op.label.data: op.add for op in ops if isinstance(op, StateOp)}
-    return top.scope.data == "across" or (top.scope.data == "head" and _differs(top.score, adds, _landmarks(ops)))
+    read = [top.score, *((top.count,) if top.count is not None else ())]
+    return top.scope.data == "shared" or any(reads_all_heads(value, ops) for value in read)
 
 
-def _differs(value: SSAValue, adds: dict[str, SSAValue | None], landmarks: dict[tuple[str, str], SSAValue]) -> bool:
-    """Whether a value can differ between heads: it comes from keys, values or attention, and no mean over `h`."""
+def parts_heads(term: Operation, ops: Iterable[Operation]) -> bool:
+    """Whether a term of a set may take other entries in one head than in another, from rows that hold the same ones."""
+    ops = list(ops)
+    match term:
+        case RegionOp():
+            if term.kind.data == "picked" and term.pick is not None:
+                name = term.pick.data
+                unions = [op.set.owner for op in ops if isinstance(op, PickOp) and op.label.data == name]
+                tops = [t.owner for union in unions if isinstance(union, UnionOp) for t in union.terms]
+                return not tops or any(isinstance(top, TopOp) and parts_heads(top, ops) for top in tops)
+            return term.kind.data == "random"
+        case TopOp():
+            alone = term.scope.data in ("head", "query_head")
+            return term.scope.data == "across" or (alone and _differs(term.score, _changes(ops), _landmarks(ops)))
+    return False
+
+
+def _differs(value: SSAValue, changes: dict[str, list[SSAValue]], landmarks: dict[tuple[str, str], SSAValue]) -> bool:
+    """Whether a value can differ between heads: it comes from keys, values or queries, and no mean over `h`."""
     seen: set[SSAValue] = set()
     todo = [value]
     while todo:
@@ -57,17 +81,29 @@ def _differs(value: SSAValue, adds: dict[str, SSAValue | None], landmarks: dict[
         match op:
             case kv.ReduceOp() if op.axis.data == "h" and op.fn.data != "softmax":
                 continue
-            case kv.EvidenceOp():
+            case _ if isinstance(op, _OF_HEADS):
                 return True
             case kv.FieldOp() if op.what.data not in ("pos", "age"):
                 return True
             case kv.ReadOp():
-                add = adds.get(op.state.data)
-                todo += [add] if add is not None else []
+                todo += changes.get(op.state.data, [])
             case kv.LandmarkOp():
                 todo.append(landmarks[op.unit.data, op.landmark.data])
         todo += op.operands
     return False
+
+
+def _changes(ops: Iterable[Operation]) -> dict[str, list[SSAValue]]:
+    """What each state grows by or is set to, conditions included."""
+    found: dict[str, list[SSAValue]] = {}
+    for op in ops:
+        if isinstance(op, StateOp) and op.add is not None:
+            found.setdefault(op.label.data, []).append(op.add)
+        elif isinstance(op, UpdateOp):
+            where = [op.where] if op.where is not None else []
+            for name, value in zip(op.states, op.values, strict=True):
+                found.setdefault(name.data, []).extend([value, *where])
+    return found
 
 
 def _landmarks(ops: Iterable[Operation]) -> dict[tuple[str, str], SSAValue]:

@@ -1,11 +1,12 @@
-"""Sets and triggers of a policy as kv operations.
+"""Sets of a policy as kv operations.
 
-Takes the terms of a `keep` and the triggers of its `at`; gives one SSA value of type `!kv.set`, and attributes.
-Guarantees: every region, selection, scope and trigger that this version cannot run is refused at its span.
+Takes the terms of a `keep` or `pick`; gives one SSA value of type `!kv.set`. Guarantees: every region, selection and
+scope that this version cannot run is refused at its span.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from xdsl.ir import SSAValue
@@ -13,28 +14,44 @@ from xdsl.ir import SSAValue
 from kvcompile.dsl import ast
 from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.diagnostics import fail
-from kvcompile.dsl.dialect_sets import COUNTED, RegionOp, TopOp, TriggerAttr, UnionOp
-from kvcompile.dsl.lower_expr import Builder, Scope, constant, fraction, refuse, whole
+from kvcompile.dsl.dialect_sets import COUNTED, RegionOp, TopOp, UnionOp
+from kvcompile.dsl.lower_counts import lower_count
+from kvcompile.dsl.lower_expr import Builder, Scope
+from kvcompile.dsl.lower_heads import below
+from kvcompile.dsl.lower_numbers import constant, fraction, refuse, whole
 
 _PLAIN = ("all", "prompt", "generated", "frozen")
 
 
-def lower_set(builder: Builder, node: ast.SetUnion, scope: Scope, units: frozenset[str]) -> SSAValue:
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Units and picks that the terms of a set may name."""
+
+    units: frozenset[str]
+    picks: frozenset[str]
+
+
+def lower_set(builder: Builder, node: ast.SetUnion, scope: Scope, names: Names) -> UnionOp:
     """The union of a set's terms, in the order written."""
-    terms = [_term(builder, term, scope, units) for term in node.terms]
-    return builder.add(UnionOp(terms), node.span).res
+    terms = [_term(builder, term, scope, names) for term in node.terms]
+    return builder.add(UnionOp(terms), node.span)
 
 
-def _term(builder: Builder, term: ast.Term, scope: Scope, units: frozenset[str]) -> SSAValue:
+def _term(builder: Builder, term: ast.Term, scope: Scope, names: Names) -> SSAValue:
     match term:
         case ast.Region():
-            return _region(builder, term, scope, units)
+            return _region(builder, term, scope, names.units)
         case ast.Selection():
-            return _selection(builder, term, scope, units)
+            return _Choice(builder, term, scope, names.units).lower()
+        case ast.Ref() if term.name in names.picks:
+            return builder.add(RegionOp("picked", pick=term.name), term.span).res
         case ast.Ref():
-            return refuse("K902", f"the set `{term.name}`", term.span)
+            return refuse("K902", f"the set `{term.name}`", term.span, f"name it by `pick {term.name} = ...`")
         case ast.Where():
-            return refuse("K902", "`where` as a term of a set", term.span)
+            score = builder.score(term.cond, replace(scope, decides=True))
+            if "u" in kv.axes_of(score):
+                refuse("K913", "a condition about units", term.span, "compare numbers of entries")
+            return builder.add(TopOp("where", score, None), term.span).res
 
 
 def _region(builder: Builder, term: ast.Region, scope: Scope, units: frozenset[str]) -> SSAValue:
@@ -42,66 +59,106 @@ def _region(builder: Builder, term: ast.Region, scope: Scope, units: frozenset[s
     if kind in _PLAIN and not args and not term.named:
         return builder.add(RegionOp(kind), term.span).res
     if kind == "newest" and term.unit is not None:
-        return builder.add(RegionOp("newest", unit=_unit(term.unit, term, units)), term.span).res
-    if kind != "random" and kind in COUNTED and len(args) == 1 and not term.named:
+        return builder.add(RegionOp("newest", unit=unit_name(term.unit, term, units)), term.span).res
+    if kind in COUNTED and len(args) == (2 if kind == "random" else 1) and not term.named:
         if kind == "stride":
-            whole(args[0], scope, 1)
+            whole(args[0], 1)
         if isinstance(args[0], ast.Number) and args[0].kind == "percent":
             raise fail("K210", f"`{args[0].span.text}` does not say of what", args[0].span, "such as `10% of prompt`")
-        return builder.add(RegionOp(kind, builder.count(args[0], scope)), term.span).res
-    return refuse("K902", f"the region `{term.span.text or kind}`", term.span)
+        seed = whole(args[1], 0) if kind == "random" else None
+        return builder.add(RegionOp(kind, lower_count(builder, args[0], scope), seed=seed), term.span).res
+    return refuse("K902", f"the region `{term.span.text or kind}`", term.span,
+                  "such as sink(n), recent(n), stride(n), random(n, seed), prompt, frozen or newest UNIT")  # fmt: skip
 
 
-def _unit(name: str, node: ast.Node, units: frozenset[str]) -> str:
-    singular = name if name in units else name.removesuffix("s")
-    if singular not in units:
-        raise fail("K110", f"no unit `{name}`", node.span, f"units here: {', '.join(sorted(units)) or 'none'}")
-    return singular
+def unit_name(name: str, node: ast.Node, units: frozenset[str]) -> str:
+    """The unit that a word names in the singular or plural. PolicyError K110 where there is none."""
+    for singular in (name, name.removesuffix("s"), name.removesuffix("es")):
+        if singular in units:
+            return singular
+    raise fail("K110", f"no unit `{name}`", node.span, f"units here: {', '.join(sorted(units)) or 'none'}")
 
 
-def _selection(builder: Builder, term: ast.Selection, scope: Scope, units: frozenset[str]) -> SSAValue:
-    if term.rank == "cover":
-        refuse("K901", "`cover`, whose number of entries is known at run time only,", term.span, "use top(n)")
-    if term.unit is not None:
-        refuse("K913", f"choosing whole units (`{term.unit}`)", term.span, "choose entries, such as `top(n) by s`")
-    competing, floor, unit = _scopes(term, units)
-    score = builder.score(term.by, scope)
-    if "u" in kv.axes_of(score) and unit is None:
-        refuse("K913", "a score over units that compete together", term.span, "let entries compete `per UNIT`")
-    part = fraction(term.amount)
-    amount = builder.count(term.amount, scope) if part is None else part
-    return builder.add(
-        TopOp(term.rank, score, amount, competing, floor, unit, observed=_observed(score)), term.span
-    ).res
+@dataclass(slots=True)
+class _Choice:
+    """A selection: its scopes, then its score and amount."""
 
+    builder: Builder
+    term: ast.Selection
+    scope: Scope
+    units: frozenset[str]
+    competing: str = "head"
+    floor: Fraction | None = None
+    unit: str | None = None
+    layers: str | None = None
+    sharing: int = 1
 
-def _scopes(term: ast.Selection, units: frozenset[str]) -> tuple[str, Fraction | None, str | None]:
-    """Who competes, the floor of each head, and the unit whose entries compete among themselves."""
-    competing, floor, unit = "head", None, None
-    for scope in term.scopes:
+    def lower(self) -> SSAValue:
+        term, builder = self.term, self.builder
+        whole_unit = unit_name(term.unit, term, self.units) if term.unit is not None else None
+        for scope in term.scopes:
+            self._scope(scope)
+        self._refuse_together(whole_unit)
+        group = self.competing == "query_head"
+        score = builder.score(term.by, replace(self.scope, per_unit=whole_unit is not None), group)
+        if group and "g" not in kv.axes_of(score):
+            self.competing = "head"  # query heads that score alike choose alike
+        if "u" in kv.axes_of(score) and self.unit is None and whole_unit is None:
+            refuse("K913", "a score over units that compete together", term.span, "let entries compete `per UNIT`")
+        observed = _observed(score)
+        if observed and (whole_unit is not None or term.rank == "cover"):
+            refuse("K901", "`peek`, whose newest entries count within n, in a selection of another kind,", term.span,
+                   "choose entries by top(n)")  # fmt: skip
+        op = TopOp(
+            term.rank, score, self._amount(), self.competing, self.floor, self.unit, observed,
+            whole=whole_unit, layers=self.layers, sharing=self.sharing,
+        )  # fmt: skip
+        return builder.add(op, term.span).res
+
+    def _amount(self) -> SSAValue | Fraction:
+        part = fraction(self.term.amount)
+        if part is None and self.term.rank == "cover":
+            raise fail("K210", "`cover` reaches a part of the mass", self.term.amount.span, "such as cover(95%)")
+        return lower_count(self.builder, self.term.amount, self.scope) if part is None else part
+
+    def _scope(self, scope: ast.Scope) -> None:
         match scope.kind, scope.what:
             case "per", "head":
                 pass
-            case "per", what if what not in ("query_head", "layer"):
-                unit = _unit(what, scope, units)
+            case "per", "query_head":
+                self._compete("query_head", scope)
+            case "per", what if what != "layer":
+                self.unit = unit_name(what, scope, self.units)
             case "shared", "heads" if scope.size is None:
-                competing = _exclusive(competing, "shared", scope)
+                self._compete("shared", scope)
             case "across", "heads":
-                competing = _exclusive(competing, "across", scope)
-                floor = _floor(scope)
+                self._compete("across", scope)
+                self.floor = _floor(scope)
+            case "shared", "layers" if scope.size is not None and self.layers is None:
+                self.sharing = whole(scope.size, 1)
+                self.layers = "shared" if self.sharing > 1 else None
+            case "across", "layers" if scope.floor is None and self.layers is None:
+                self.layers = "across"
             case _:
-                refuse("K904", f"`{scope.span.text}`", scope.span, "per head, per UNIT, shared heads, across heads")
-    if competing == "shared" and unit is not None:
-        refuse("K904", "one decision for all heads and per unit at once", term.span, "leave out one of the two scopes")
-    if competing == "across" and unit is not None:
-        refuse("K904", "competing across heads and per unit at once", term.span, "leave out one of the two scopes")
-    return competing, floor, unit
+                refuse("K904", f"`{scope.span.text}`", scope.span,
+                       "per head, query_head or UNIT; shared heads or layers(n); across heads or layers")  # fmt: skip
 
+    def _compete(self, now: str, scope: ast.Scope) -> None:
+        if self.competing not in ("head", now):
+            raise fail("K208", "heads cannot share one decision and compete at once", scope.span, "name one of the two")
+        self.competing = now
 
-def _exclusive(before: str, now: str, scope: ast.Scope) -> str:
-    if before not in ("head", now):
-        raise fail("K208", "heads cannot share one decision and compete at once", scope.span, "name one of the two")
-    return now
+    def _refuse_together(self, whole_unit: str | None) -> None:
+        span = self.term.span
+        words = {"shared": "one decision for all heads", "across": "competing across heads",
+                 "query_head": "a choice per query head"}  # fmt: skip
+        if self.unit is not None and self.competing in words:
+            refuse("K904", f"{words[self.competing]} and per unit at once", span, "leave out one of the two scopes")
+        if self.unit is not None and whole_unit is not None:
+            refuse("K904", "units that compete, per unit,", span, "leave out one of the two")
+        if self.layers == "across" and (self.unit or whole_unit or self.competing == "query_head"):
+            what = "query heads" if self.competing == "query_head" else "units"
+            refuse("K904", f"competing {what} across layers", span, "let entries of KV heads compete across layers")
 
 
 def _floor(scope: ast.Scope) -> Fraction | None:
@@ -115,42 +172,5 @@ def _floor(scope: ast.Scope) -> Fraction | None:
 
 def _observed(score: SSAValue) -> int:
     """The widest `q in peek(w)` below a score: in the last piece those w entries are kept (rule 21)."""
-    seen: set[SSAValue] = set()
-    todo, width = [score], 0
-    while todo:
-        value = todo.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if isinstance(value.owner, kv.EvidenceOp) and value.owner.source.data == "peek":
-            width = max(width, value.owner.width.value.data)
-        todo += (
-            value.owner.operands if not isinstance(value.owner, SSAValue) and hasattr(value.owner, "operands") else ()
-        )
-    return width
-
-
-def lower_triggers(triggers: tuple[ast.Trigger, ...], units: frozenset[str]) -> list[TriggerAttr]:
-    """The triggers of an `at`. PolicyError for conditions and for numbers that are not known before running."""
-    out: list[TriggerAttr] = []
-    for trigger in triggers:
-        if trigger.cond is not None or trigger.name == "when":
-            refuse("K903", f"the condition of `{trigger.span.text}`", trigger.span)
-        out.append(_trigger(trigger, units))
-    return list(dict.fromkeys(out))
-
-
-def _trigger(node: ast.Trigger, units: frozenset[str]) -> TriggerAttr:
-    nowhere = Scope()
-    match node.name, node.args:
-        case (("prefill.end" | "step" | "chunk"), ()):
-            return TriggerAttr(node.name)
-        case (("chunk" | "every" | "full" | "filled"), (n,)) if not node.named:
-            if isinstance(n, ast.Name):
-                refuse("K903", f"`{node.span.text}`", node.span, "give a number")
-            if constant(n) is None:
-                refuse("K903", f"`{node.span.text}`, whose number is known at run time only,", node.span)
-            return TriggerAttr(node.name, whole(n, nowhere, 1))
-        case "filled", (ast.Name() as unit, n) if not node.named:
-            return TriggerAttr("filled", whole(n, nowhere, 1), _unit(unit.id, unit, units))
-    return refuse("K903", f"`{node.span.text}`", node.span)
+    sources = [op for op in below(score) if isinstance(op, kv.SourcedOp) and op.source.data == "peek"]
+    return max((op.width.value.data for op in sources), default=0)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from kvcompile.dsl import ast
 from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, did_you_mean, fail, finding, outside
+from kvcompile.dsl.graphs import cycles, extent, written_out
 from kvcompile.dsl.load import Loaded
 from kvcompile.dsl.parser import parse_value
 from kvcompile.dsl.source import Span
@@ -24,8 +25,10 @@ from kvcompile.dsl.source import Span
 N = TypeVar("N", bound=ast.Node)
 Values = dict[str, ast.Expr]
 
-_LARGEST = 10**18
-_FINEST = 10**40
+LARGEST = 10**18
+FINEST = 10**40  # the largest denominator: 1e-40 may be written
+_MAX_SIZE = 100  # nodes of a value with the parameters in it written out, and its levels
+_MAX_DEPTH = 50
 _GIVE = "give a number, or text such as `10% of prompt`"
 
 
@@ -63,10 +66,7 @@ def bind_params(line: tuple[Loaded, ...], overrides: Mapping[str, object]) -> tu
             if owner is not None and param.default is not owner:
                 chosen[name] = _fit(name, owner, param.default)
     used: set[str] = set()
-    values: Values = {}
-    for name in defaults:
-        _settle(name, chosen, values, used, ())
-    return values, used
+    return _settled(chosen, used), used
 
 
 def substitute(node: N, values: Mapping[str, ast.Expr], used: set[str]) -> N:
@@ -103,20 +103,23 @@ def _inherited_default(line: tuple[Loaded, ...], name: str) -> ast.Expr | None:
     return found[-1] if found else None
 
 
-def _settle(name: str, chosen: Values, values: Values, used: set[str], path: tuple[str, ...]) -> None:
-    if name in values:
-        return
-    if name in path:
-        raise fail(
-            "K108",
-            f"parameters refer to each other: {' -> '.join((*path, name))}",
-            chosen[name].span,
-            "give one of them a number",
-        )
-    for part in chosen[name].walk():
-        if isinstance(part, ast.Name) and part.id in chosen:
-            _settle(part.id, chosen, values, used, (*path, name))
-    values[name] = substitute(chosen[name], values, used)
+def _settled(chosen: Values, used: set[str]) -> Values:
+    """The values with all parameters in them replaced, in the order of `chosen`."""
+    edges = {
+        name: [(part.id, part) for part in value.walk() if isinstance(part, ast.Name) and part.id in chosen]
+        for name, value in chosen.items()
+    }
+    for path, _ in cycles(edges)[:1]:
+        place = chosen[path[-2]].span
+        raise fail("K108", f"parameters refer to each other: {' -> '.join(path)}", place, "give one of them a number")
+    order = written_out(edges, {name: extent(value) for name, value in chosen.items()})
+    values: Values = {}
+    for name, (size, depth) in order.items():
+        if size > _MAX_SIZE or depth > _MAX_DEPTH:
+            message = f"the value of `{name}`, with the parameters in it written out, is too large"
+            raise fail("K008", message, chosen[name].span, "say it in fewer steps")
+        values[name] = substitute(chosen[name], values, used)
+    return {name: values[name] for name in chosen}
 
 
 def _expression(name: str, value: object) -> ast.Expr:
@@ -131,7 +134,7 @@ def _expression(name: str, value: object) -> ast.Expr:
     number = _exact(value)
     if number is None:
         raise fail("K109", f"the value of `{name}` is no finite number", where, "give a finite number")
-    if abs(number) > _LARGEST or number.denominator > _FINEST:
+    if abs(number) > LARGEST or number.denominator > FINEST:
         raise fail(
             "K007", f"the value of `{name}` is too large or too fine to be meant", where, "numbers go up to 1e18"
         )

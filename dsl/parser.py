@@ -7,6 +7,7 @@ and on first use; CRLF and a byte order mark are accepted, texts end at 1 MiB.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from typing import cast
@@ -16,8 +17,9 @@ from lark.exceptions import UnexpectedInput
 
 from kvcompile.dsl import ast
 from kvcompile.dsl.build import Builder
-from kvcompile.dsl.diagnostics import fail
+from kvcompile.dsl.diagnostics import PolicyError, fail
 from kvcompile.dsl.layout import Layout, LayoutError
+from kvcompile.dsl.recover import further
 from kvcompile.dsl.source import Source
 from kvcompile.dsl.syntax import explain
 
@@ -25,8 +27,18 @@ MAX_BYTES = 1 << 20
 
 
 def parse(text: str, name: str = "<text>") -> ast.File:
-    """Parse a policy text. `name` is shown in findings. PolicyError for anything that is no policy text."""
+    """Parse a policy text. `name` is shown in findings. PolicyError for anything that is no policy text, with a
+    finding for each broken clause."""
     source = _source(text, name)
+    try:
+        return _file(source)
+    except PolicyError as error:
+        first = error.diagnostics[0]
+        others = further(source, first, _file)
+    raise PolicyError(*sorted([first, *others], key=lambda found: found.span.start))
+
+
+def _file(source: Source) -> ast.File:
     return cast(ast.File, _run(source, "file"))
 
 
@@ -36,12 +48,22 @@ def parse_value(text: str, name: str = "<value>") -> ast.Expr:
     return cast(ast.Expr, _run(source, "value"))
 
 
+def words(text: str) -> Iterator[Token]:
+    """The words and marks of a text that parses, and the marks of its layout (`_NL`, `_INDENT`, `_DEDENT`)."""
+    return _grammar().parse_interactive(_without_tail(text), start="file").iter_parse()
+
+
+def normal(text: str) -> str:
+    """The text with plain line ends and without a byte order mark, as it is parsed."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
 def _source(text: str, name: str) -> Source:
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise fail(
             "K009", f"the text is larger than {MAX_BYTES} bytes", Source(name, "").span(0, 0), "is this a policy text?"
         )
-    return Source(name, text.removeprefix("\ufeff").replace("\r\n", "\n"))
+    return Source(name, normal(text))
 
 
 def _run(source: Source, start: str) -> ast.Node:

@@ -10,15 +10,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from kvcompile.dsl import ast
-from kvcompile.dsl.diagnostics import Diagnostic, finding
+from kvcompile.dsl.diagnostics import Diagnostic, fail, finding
+from kvcompile.dsl.graphs import extent
 from kvcompile.dsl.inherit import Flat, lineage, merge
 from kvcompile.dsl.load import Loaded
-from kvcompile.dsl.params import bind_params, substitute
+from kvcompile.dsl.params import FINEST, LARGEST, bind_params, substitute
 from kvcompile.dsl.printer import canonical
 from kvcompile.dsl.source import Source
+
+MAX_SIZE = 50_000  # nodes of all clauses of a policy
+MAX_DEPTH = 180  # levels of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ def resolve(loaded: Loaded, params: Mapping[str, object] | None = None) -> Resol
     merged = [Flat(flat.prefixes, flat.clause) for flat in merge(line)]
     used: set[str] = set()
     flat = [Flat(f.prefixes, substitute(f.clause, values, used)) for f in merged]
+    _bounded(flat)
     placed = _place(flat)
     clauses = tuple(p for p in placed if not isinstance(p.clause, ast.At))
     heads = _heads_in_scope(line, placed)
@@ -110,6 +116,34 @@ def resolve(loaded: Loaded, params: Mapping[str, object] | None = None) -> Resol
         digest=_digest(clauses, heads),
         findings=tuple(findings),
     )
+
+
+def _bounded(flat: list[Flat]) -> None:
+    """Refuse what later passes, some of them recursive, could not walk in good time."""
+    total = 0
+    for one in flat:
+        size, depth = extent(one.clause)
+        total += size
+        if depth > MAX_DEPTH or total > MAX_SIZE:
+            message = "with all parameters written out, the clauses are too large"
+            raise fail("K008", message, one.clause.span, "say it in fewer clauses, with smaller parameters")
+        _constant(one.clause)
+
+
+def _constant(node: ast.Node) -> Fraction | None:
+    """The value of a part that is made of constants, all of them bounded as numbers are; None for other parts."""
+    parts = [_constant(child) for child in node.children()]
+    value: Fraction | None = None
+    match node, parts:
+        case ast.Number(), _:
+            value = node.value
+        case ast.Unary(op="-"), [Fraction() as inner]:
+            value = -inner
+        case ast.Binary(op="+" | "-" | "*" | "/" as op), [Fraction() as left, Fraction() as right]:
+            value = {"+": left + right, "-": left - right, "*": left * right}.get(op, left / (right or 1))
+    if value is not None and (abs(value) > LARGEST or value.denominator > FINEST):
+        raise fail("K007", "a number too large or too fine to be meant", node.span, "numbers go up to 1e18")
+    return value
 
 
 def _place(flat: list[Flat]) -> list[Placed]:

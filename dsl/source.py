@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 
 def _line_starts(text: str) -> tuple[int, ...]:
-    return (0, *(i + 1 for i, char in enumerate(text) if char == "\n"))
+    starts = [0]
+    while (end := text.find("\n", starts[-1])) >= 0:
+        starts.append(end + 1)
+    return tuple(starts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ _CHARACTERS = {
     "^": "the language has no powers",
     "\r": "lines end in a line feed",
 }
+_AHEAD = 5000  # characters after a fault that are looked at, for the partner of a bracket
 _CLOSERS = {"(": ")", "[": "]"}
 _PIECES = re.compile(r'(?P<string>"[^"\n]*")|(?P<comment>#[^\n]*)|(?P<word>\w+)|(?P<line>\n)|(?P<mark>[^\s\w])')
 
@@ -76,14 +77,15 @@ def explain(error: UnexpectedInput, source: Source, start: str, shown: Mapping[s
     if not isinstance(error, UnexpectedToken):
         return _character(source, error.pos_in_stream or 0)
     token = error.token
-    pieces = _scan(source.text)
+    pieces = _scan(source.text[: (token.start_pos or 0) + _AHEAD] if token.type != "$END" else source.text)
     at_end = token.type in ("$END", "_NL", "_DEDENT")
     offset = pieces[-1].end if token.type == "$END" and pieces else token.start_pos or 0
     before = [piece for piece in pieces if piece.end <= offset]
     here = source.span(offset, offset if at_end else offset + len(token))
     expected = set(error.expected)
     return (
-        _brackets(source, pieces, before, here)
+        _touching(source, here)
+        or _brackets(source, pieces, before, here)
         or _selection(source, before, expected)
         or (_value(here, at_end) if start == "value" else None)
         or _start_of_line(source, pieces, before, here, expected, at_end)
@@ -114,6 +116,21 @@ def _character(source: Source, offset: int) -> PolicyError:
     )
     hint = _CHARACTERS.get(char, "names are letters, digits and `_`; comments begin with `#`")
     return fail("K002", f"the language has no {name}", here, hint)
+
+
+def _touching(source: Source, here: Span) -> PolicyError | None:
+    """A word of which only the end is unexpected, since its beginning is a word that may stand here."""
+    start = here.start
+    while start and re.match(r"\w", source.text[start - 1]):
+        start -= 1
+    if start == here.start or not re.match(r"\w", here.text):
+        return None
+    place = source.span(start, here.end)
+    begins = source.text[start : here.start]
+    hint = f"put a blank between `{begins}` and `{here.text}`, or write another word"
+    if begins[0].isdigit():
+        hint = f"names begin with a letter; a product is written `{begins} * {here.text}`"
+    return fail("K001", f"`{place.text}` is no word of the language here", place, hint)
 
 
 def _brackets(source: Source, pieces: list[_Piece], before: list[_Piece], here: Span) -> PolicyError | None:
@@ -245,4 +262,5 @@ def _in_clause(
     form = ITEMS.get(clause) or CLAUSES.get(clause)
     if form:
         hint = f"{hint}; it reads: {form}" if hint else f"it reads: {form}"
+    hint = hint or "a file holds `policy`, `heads` and `learn`, and clauses indented below them"
     return fail("K001", what, here, hint)

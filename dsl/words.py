@@ -39,9 +39,26 @@ PAIRS = frozenset({"dot", "cos"})
 FUNCTIONS: dict[str, tuple[int, int]] = (
     dict.fromkeys((*ELEMENTWISE, "norm", "gumbel"), (1, 1))
     | dict.fromkeys((*PAIRS, *POOLS), (2, 2))
-    | {"min": (2, 8), "max": (2, 8)}
+    | {"min": (2, 8), "max": (2, 8), "learned": (2, 4)}
 )
+# How a call reads, for hints.
+SHAPES: dict[str, str] = (
+    {name: f"{name}(x)" for name in ELEMENTWISE}
+    | {name: f"{name}(x, 7)" for name in POOLS}
+    | {"norm": "norm(k)", "dot": "dot(q, k)", "cos": "cos(k, mean[i] k)", "gumbel": "gumbel(0)"}
+    | {"min": "min(x, y)", "max": "max(x, y)", "learned": 'learned("weights.safetensors", q, k, v)'}
+)
+# Inside the `when` and `weight` of a loser: the mean over the losers of a row, and a number that goes on over time.
+OVER_LOSERS = frozenset({"mean", "ema"})
+# What a merge may call near: a likeness of keys or values, or nearness in position.
+SIMILARITIES: dict[str, tuple[str, ...]] = {"cos": ("k", "v"), "dot": ("k", "v"), "distance": ("pos",)}
 SHARES: dict[str, tuple[int, int]] = {"pyramid": (1, 1), "softmax": (1, 1), "cover": (1, 1), "table": (1, 1)}
+SHARE_SHAPES: dict[str, str] = {
+    "pyramid": "pyramid(20)",
+    "softmax": "softmax(-var[i] acc)",
+    "cover": "cover(s)",
+    "table": 'table("layers.txt")',
+}
 
 # Region -> number of arguments; the unit regions name a unit instead.
 REGIONS: dict[str, int] = {
@@ -93,6 +110,7 @@ FORMATS = frozenset(
 GRAINS = frozenset({"channel", "token", "layers"})
 TIERS = frozenset({"cpu", "disk"})
 FOLDS: dict[str, tuple[int, int]] = {"mean": (0, 0), "dct": (1, 1), "pool": (1, 1)}
+FOLD_SHAPES: dict[str, str] = {"mean": "mean", "dct": "dct(50%)", "pool": "pool(4)"}
 
 SCOPES: dict[str, frozenset[str]] = {
     "per": frozenset({"head", "query_head"}),
@@ -100,6 +118,7 @@ SCOPES: dict[str, frozenset[str]] = {
     "across": frozenset({"heads", "layers"}),
 }
 HEAD_SOURCES = frozenset({"table", "probe"})
+PROBES = frozenset({"induction", "echo"})
 
 _VERBS = (
     "policy",
@@ -148,5 +167,5 @@ RESERVED = frozenset(
 )
 # Names of options of the Python interface: a parameter so named could never be given.
 OPTIONS = frozenset(
-    {"model", "policy", "backend", "compile", "name", "tables", "max_bytes", "generate", "batch", "gpu", "base", "dump"}
+    {"model", "policy", "backend", "compile", "name", "tables", "max_bytes", "generate", "batch", "gpu", "base", "dump", "facts", "probes"}
 )

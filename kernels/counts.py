@@ -91,20 +91,55 @@ def share_total(share: Share, scalars: Mapping[str, int]) -> int:
     return max(0, int(number(share.total, scalars)))
 
 
-def _divided(plan: PolicyPlan, index: int, share: Share, scalars: Mapping[str, int]) -> tuple[int, ...]:
+def leaders_of_share(plan: PolicyPlan, index: int) -> tuple[int, ...]:
+    """The layers that decide with a share, in order: of those that share one decision the first."""
+    return layers_of_share(plan, index)[:: plan.shares[index].sharing]
+
+
+def spread(plan: PolicyPlan, index: int, parts: Sequence[int]) -> tuple[int, ...]:
+    """Parts of a share, one for each of its leaders, as one for each layer of the model; 0 where it is not used."""
     using = layers_of_share(plan, index)
+    by_layer = {layer: parts[place // plan.shares[index].sharing] for place, layer in enumerate(using)}
+    return tuple(by_layer.get(layer, 0) for layer in range(plan.facts.layers))
+
+
+def _divided(plan: PolicyPlan, index: int, share: Share, scalars: Mapping[str, int]) -> tuple[int, ...]:
+    leaders = leaders_of_share(plan, index)
     total = share_total(share, scalars)
     if share.by == "pyramid":
         set_aside = sum(count_value(plan.counts[other], scalars) for other in share.reserve)
-        groups = -(-len(using) // share.sharing)
-        of_group = pyramid(total, groups, share.beta, scalars["prompt"], set_aside)
-        parts = [of_group[place // share.sharing] for place in range(len(using))]
-    elif share.by == "table":
-        parts = list(weighted(total * len(using), tuple(share.weights[layer] for layer in using)))
-    else:
-        parts = [total] * len(using)
-    by_layer = dict(zip(using, parts, strict=True))
-    return tuple(by_layer.get(layer, 0) for layer in range(plan.facts.layers))
+        return spread(plan, index, pyramid(total, len(leaders), share.beta, scalars["prompt"], set_aside))
+    if share.by == "table":
+        return spread(plan, index, weighted(total * len(leaders), tuple(share.weights[layer] for layer in leaders)))
+    return spread(plan, index, [total] * len(leaders))
+
+
+def all_numbers(
+    plan: PolicyPlan, scalars: Mapping[str, int], measured: Mapping[int, Sequence[int]]
+) -> list[tuple[int, ...]]:
+    """The counts of every layer, then the parts of the shares: [counts + shares][layer].
+
+    scalars must hold what counts and shares read, `len` aside; measured as for `layer_shares`. A count that reads
+    `len` differs from row to row and is left to whoever has the rows: here it is `now` + 1, which no row exceeds.
+    """
+    parts = layer_shares(plan, scalars, measured) if plan.shares else ()
+    found = [
+        (scalars["now"] + 1,) * plan.facts.layers
+        if "len" in scalars_of(count)
+        else layer_counts(plan, index, scalars, parts)
+        for index, count in enumerate(plan.counts)
+    ]
+    return [*found, *parts]
+
+
+def asked_of(plan: PolicyPlan) -> tuple[str, ...]:
+    """The run-time numbers of a sequence that `all_numbers` reads, sorted."""
+    asked = {name for count in plan.counts for name in scalars_of(count)}
+    if plan.shares:
+        asked |= {"prompt"}
+    if "len" in asked:
+        asked = asked - {"len"} | {"now"}
+    return tuple(sorted(asked))
 
 
 @lru_cache(maxsize=256)
@@ -130,12 +165,12 @@ def _rounded(exact: Sequence[Fraction], total: int) -> tuple[int, ...]:
 def pyramid(total: int, layers: int, beta: Fraction, prompt: int, reserve: int) -> tuple[int, ...]:
     """Budgets that fall linearly with depth, mean `total` (PyramidKV, arXiv 2406.02069).
 
-    The last layer gets total / beta, the first what makes the mean right. A prompt shorter than twice the total
-    gets the same everywhere, as published; the first layer never gets more than the prompt leaves beside `reserve`.
+    The last layer gets total / beta, the first what makes the mean right, but no more than the prompt leaves beside
+    `reserve`. A prompt shorter than twice the total, or one that fits, gets the total everywhere, as published.
     """
     limit = max(0, prompt - reserve)
     if prompt < 2 * total or layers < 2 or total >= limit:
-        return tuple(min(total, limit) for _ in range(layers))
+        return (total,) * layers
     low = int(total / beta)
     high = 2 * total - low
     if high > limit:

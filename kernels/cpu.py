@@ -14,9 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels import reference
-from kvcompile.kernels.gather import entries_of_state, gather_rows, sequence
+from kvcompile.kernels.evaluate import FORWARD, Queries
+from kvcompile.kernels.gather import Fresh, gather_rows, placed, sequence
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.rotary import places, rotate
+from kvcompile.kernels.states import (
+    Weights,
+    first_states,
+    follow_reads,
+    grow_states,
+    plain_states,
+    starts_plainly,
+)
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -30,24 +40,55 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
         n = fresh.k.shape[1]
         if not n:
             continue
-        shape = fresh.q.shape
-        keys, values = (t[:, None].expand(shape) for t in (fresh.k, fresh.v))
-        read, lse = _flash(fresh.q, keys, values, 0.0, True, scale=scale)
         base = b * kv_heads
+        q_piece, k_piece = _turned_piece(site, base, fresh) if plan.compact else (fresh.q, fresh.k)
+        keys, values = (t[:, None].expand(q_piece.shape) for t in (k_piece, fresh.v))
+        read, lse = _flash(q_piece, keys, values, 0.0, True, scale=scale)
         for h in range(kv_heads):
             if int(site.length[base + h]):
-                read[h], lse[h] = _merge(read[h], lse[h], *_past(site, base + h, fresh.q[h], scale))
+                read[h], lse[h] = _merge(read[h], lse[h], *_past(plan, site, base + h, q_piece[h], scale))
         out[b, out.shape[1] - n :] = read.flatten(0, 1).transpose(0, 1)
         reference.file_queries(site, b, q[b, :, q.shape[2] - n :], fresh.real, fresh.start)
     return out
 
 
-def _past(site: Site, row: int, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _past(plan: PolicyPlan, site: Site, row: int, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every query of a group [group, n, D] reads all of a row: output [group, n, D] and LSE [group, n]."""
     start, length = int(site.table[row, 0]), int(site.length[row])
-    k, v = (t[start : start + length][None, None] for t in (site.k, site.v))
-    out, lse = _flash(q.reshape(1, 1, -1, q.shape[-1]), k, v, 0.0, False, scale=scale)
+    entries = slice(start, start + length)
+    k, v, bias = site.k[entries][None], site.v[entries][None, None], None
+    if plan.compact:
+        k = rotate(k, _places(site.pos[entries][None]), site.rope)
+    if plan.folds:
+        bias = _bias(site.pos[entries], _count(plan, site)[entries])[None]
+    out, lse = _flash(q.reshape(1, 1, -1, q.shape[-1]), k[None], v, 0.0, False, attn_mask=bias, scale=scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def _turned_piece(site: Site, base: int, fresh: Fresh) -> tuple[Tensor, Tensor]:
+    """A piece's queries and keys, turned by their places in each KV head's row: after all that it holds."""
+    kv_heads, n = fresh.k.shape[:2]
+    held = []
+    for row in range(base, base + kv_heads):
+        start, length = int(site.table[row, 0]), int(site.length[row])
+        held.append(int((site.pos[start : start + length] >= 0).sum()))
+    place = torch.tensor(held)[:, None] + torch.arange(n)
+    return rotate(fresh.q, place[:, None], site.rope), rotate(fresh.k, place, site.rope)
+
+
+def _places(pos: Tensor) -> Tensor:
+    """Places of the entries of rows without padding, pos int32 [rows, n]: int64 [rows, n]."""
+    return places(pos, torch.ones_like(pos, dtype=torch.bool))
+
+
+def _count(plan: PolicyPlan, site: Site) -> Tensor:
+    """Tokens that the entry of each slot stands for."""
+    return site.state[[s.name for s in plan.states].index("@count")]
+
+
+def _bias(pos: Tensor, count: Tensor) -> Tensor:
+    """What is added to every query's logits: the log of its count for an entry without position. float32."""
+    return torch.where(pos < 0, count.log(), 0.0)
 
 
 def _merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +97,9 @@ def _merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, 
     return (a * weight_a + b * weight_b).to(a.dtype), lse
 
 
-def attend_step(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_step(
+    plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
+) -> Tensor:
     """As `reference.attend_step`."""
     kv_heads = plan.facts.kv_heads
     clock = site.clock.tolist()
@@ -68,11 +111,12 @@ def attend_step(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, s
     if not everyone:
         out = q.new_zeros(q.shape[0], 1, q.shape[1], q.shape[3])
         q, k, v = q[active], k[active], v[active]
-    where = _append(plan, site, rows, [clock[b][Clock.START] for b in active], k, v)
-    if any(s.add is not None for s in plan.states):
-        read = torch.stack([_read_and_grow(plan, site, b, q[i], scale) for i, b in enumerate(active)])
+    new = torch.tensor([clock[b][Clock.START] for b in active], dtype=torch.int32).repeat_interleave(kv_heads)
+    where = _append(site, rows, new, k, v, _first_states(plan, site, active, new, q, k, v, weights))
+    if follow_reads(plan):
+        read = torch.stack([_read_and_grow(plan, site, b, q[i], scale, weights) for i, b in enumerate(active)])
     else:
-        read = _read(site, where, q.reshape(len(rows), plan.facts.group, q.shape[3]), scale)
+        read = _read(plan, site, where, q.reshape(len(rows), plan.facts.group, q.shape[3]), scale)
     read = read.reshape(len(active), 1, q.shape[1], q.shape[3])
     window = site.ring.shape[2]
     for i, b in enumerate(active if window else ()):
@@ -83,22 +127,38 @@ def attend_step(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, s
     return out
 
 
-def _append(
-    plan: PolicyPlan, site: Site, rows: list[int], pos: list[int], k: Tensor, v: Tensor
-) -> list[tuple[int, int, int]]:
-    """One new entry a row, of a token at pos; the host has seen to it that every extent has room.
+def _first_states(
+    plan: PolicyPlan, site: Site, active: list[int], pos: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Weights
+) -> Tensor | None:
+    """The states of one new entry a row, at pos int32 [rows]: float32 [states, rows]; q, k, v of active sequences."""
+    if not plan.states:
+        return None
+    if starts_plainly(plan):
+        return plain_states(plan, pos)
+    kv_heads = plan.facts.kv_heads
+    found = []
+    for i, b in enumerate(active):
+        own = torch.zeros(0, kv_heads, 1), 1, int(pos[i * kv_heads])
+        fresh = Fresh(q[i].unflatten(0, (kv_heads, -1)), k[i], v[i], *own)
+        found.append(first_states(plan, site, b, fresh, weights)[:, :, 0])
+    return torch.cat(found, 1)
 
-    Returns (length, start, index) of each row, the new entry included.
+
+def _append(
+    site: Site, rows: list[int], pos: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+) -> list[tuple[int, int, int]]:
+    """One new entry a row, at pos int32 [rows]; the host has seen to it that every extent has room.
+
+    state float32 [states, rows]. Returns (length, start, index) of each row, the new entry included.
     """
     lengths, table = site.length.tolist(), site.table.tolist()
     slots = torch.tensor([table[row][0] + lengths[row] for row in rows])
-    new = torch.tensor(pos, dtype=torch.int32).repeat_interleave(plan.facts.kv_heads)
     site.k.index_copy_(0, slots, k.reshape(len(rows), -1))
     site.v.index_copy_(0, slots, v.reshape(len(rows), -1))
-    site.pos.index_copy_(0, slots, new)
+    site.pos.index_copy_(0, slots, pos)
     site.frozen.index_fill_(0, slots, 0)
-    for i, state in enumerate(plan.states):
-        site.state[i].index_copy_(0, slots, entries_of_state(state, new))
+    if state is not None:
+        site.state.index_copy_(1, slots, state)
     if len(rows) == len(lengths):
         site.length.add_(1)
     else:
@@ -106,9 +166,10 @@ def _append(
     return [(lengths[row] + 1, table[row][0], i) for i, row in enumerate(rows)]
 
 
-def _read(site: Site, where: list[tuple[int, int, int]], q: Tensor, scale: float) -> Tensor:
+def _read(plan: PolicyPlan, site: Site, where: list[tuple[int, int, int]], q: Tensor, scale: float) -> Tensor:
     """Rows' packed queries q [rows, group, D] read their extents, given as (length, start, row): [rows, group, D]."""
-    out = None
+    out, bias = None, None
+    plain = not plan.compact and not plan.folds
     for length, same in groupby(sorted(where), key=lambda w: w[0]):
         for start, stride, members in _strides([(start, i) for _, start, i in same]):
             shape = (len(members), 1, length, q.shape[2])
@@ -116,13 +177,34 @@ def _read(site: Site, where: list[tuple[int, int, int]], q: Tensor, scale: float
             keys, values = (t.as_strided(shape, step, start * q.shape[2]) for t in (site.k, site.v))
             alike = members == list(range(len(where)))
             packed = q[:, None] if alike else q[members, None]
-            read = F.scaled_dot_product_attention(packed, keys, values, scale=scale)[:, 0]
+            if not plain:
+                packed, keys, bias = _adjusted(plan, site, packed, keys, (len(members), length), (stride, 1), start)
+            read = F.scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=scale)[:, 0]
             if alike:
                 return read
             out = torch.empty_like(q) if out is None else out
             out[members] = read
     assert out is not None
     return out
+
+
+def _adjusted(
+    plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, shape: tuple[int, int], step: tuple[int, int], start: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Queries [rows, 1, group, D] and keys [rows, 1, n, D] turned by their places, and what is added to their logits.
+
+    The rows' positions lie at `start` with these strides; the queries' own entries are the newest, so the last.
+    """
+    bias = None
+    pos = site.pos.as_strided(shape, step, start)
+    if plan.folds:
+        count = _count(plan, site)
+        bias = _bias(pos, count.as_strided(shape, step, count.storage_offset() + start))[:, None, None]
+    if plan.compact:
+        place = _places(pos)
+        k = rotate(k, place[:, None], site.rope)
+        q = rotate(q, place[:, None, -1:], site.rope)
+    return q, k, bias
 
 
 def _strides(rows: list[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
@@ -140,14 +222,18 @@ def _strides(rows: list[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
     return runs
 
 
-def _read_and_grow(plan: PolicyPlan, site: Site, b: int, q: Tensor, scale: float) -> Tensor:
+def _read_and_grow(plan: PolicyPlan, site: Site, b: int, q: Tensor, scale: float, weights: Weights) -> Tensor:
+    """Sequence b's token, whose probabilities states ask for: q [q_heads, 1, D] reads [q_heads, D]."""
     heads = list(range(plan.facts.kv_heads))
     rows, order, index = gather_rows(plan, site, [b], heads, True, scale)
     assert rows.k is not None and rows.v is not None
+    now = site.clock[b, Clock.START].reshape(1, 1).expand(len(heads), 1)
+    asking = placed(rows, Queries(q.unflatten(0, (len(heads), -1)), now))
     # From 16-bit logits a probability would be off by their rounding, half a percent and more.
-    packed = q.unflatten(0, (len(heads), -1))[:, :, 0].float()
-    logits = torch.matmul(packed, rows.k.float().transpose(1, 2)) * scale
+    logits = torch.matmul(asking.q[:, :, 0].float(), rows.k.float().transpose(1, 2)) * scale
+    if rows.bias is not None:
+        logits += rows.bias[:, None]
     p = torch.softmax(logits.masked_fill(~rows.resident[:, None], float("-inf")), -1)
     read = torch.matmul(p.to(q.dtype), rows.v)
-    reference.grow_states(plan, site, replace(rows, attn=p[:, :, None]), order, index)
+    grow_states(plan, site, replace(rows, attn=p[:, :, None], queries={FORWARD: asking}, weights=weights), order, index)
     return read.flatten(0, 1)

@@ -6,19 +6,26 @@ no case analysis. This is the definition that every printed kernel is tested aga
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan, evidence_of, words_of
+from kvcompile.kernels.arithmetic import BINARY, NEG_INF, divide, masked, pair, pooled, reduced, unary
+from kvcompile.kernels.formulas import is_0_unread, open_sources, sources_of, ties_heads, ties_queries
+from kvcompile.kernels.learned import retained
+from kvcompile.kernels.noise import gumbel
+from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan, evidence_of, source_of, words_of
+from kvcompile.kernels.rotary import rotate
 
 H, G, Q, U, E, D = range(6)  # E: entries, the axis i
 _DIM = {"h": H, "g": G, "q": Q, "u": U, "i": E, "d": D}
-NEG_INF = float("-inf")
+FORWARD = QuerySource("forward")
+WIDE = 1 << 22  # values of one formula's node that are held at a time, where rows or queries can be taken apart
+
+Leaves = Mapping[tuple[str, object], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,12 @@ class Queries:
 class Rows:
     """Some rows of one layer as padded matrices; a column is an entry, in position order where a score needs it.
 
-    pos int64 [rows, n]; resident bool: entries that may be kept; readable bool: what a query may see (peeked
-    tokens are readable, never resident); frozen bool; state name -> float32 [rows, n]; k, v [rows, n, head_dim]
-    where a score asks for them; now, prompt int64 [rows].
+    pos int64 [rows, n], -1: no entry, or one without position (`fold mean`); resident bool: entries that may be kept;
+    readable bool: what a query may see (peeked tokens are readable, never resident); frozen bool; state name ->
+    float32 [rows, n]; k, v [rows, n, head_dim] where a score asks for them, k as queries read it; now, prompt, chunk,
+    step int64 [rows]; layer, heads int64 [rows]: which KV head of which layer a row is. Under `positions compact`
+    raw [rows, n, head_dim] are the keys as they are stored. bias float32 [rows, n] is added to every logit. rope
+    float32 [2, positions, head_dim], cosine and sine. own [rows, group, n, head_dim]: on insert, each entry's query.
     """
 
     pos: Tensor
@@ -50,21 +60,43 @@ class Rows:
     v: Tensor | None = None
     queries: dict[QuerySource, Queries] | None = None
     attn: Tensor | None = None  # probabilities of this forward's queries, [rows, group, q, n], where known already
+    layer: int = 0
+    heads: Tensor | None = None
+    step: Tensor | None = None
+    chunk: Tensor | None = None
+    bias: Tensor | None = None
+    rope: Tensor | None = None
+    compact: bool = False
+    raw: Tensor | None = None
+    own: Tensor | None = None
+    weights: Mapping[str, Tensor] | None = None
 
     def one(self, row: int) -> Rows:
         """The same for a single row."""
         cut = slice(row, row + 1)
+        found = {name: getattr(self, name) for name in (*_BY_ROW, *_BY_ENTRY)}
         return replace(
             self,
-            **{name: getattr(self, name)[cut] for name in ("pos", "resident", "readable", "frozen", "now", "prompt")},
+            **{name: value[cut] for name, value in found.items() if value is not None},
             state={name: s[cut] for name, s in self.state.items()},
-            k=None if self.k is None else self.k[cut],
-            v=None if self.v is None else self.v[cut],
             queries=None
             if self.queries is None
             else {s: Queries(x.q[cut], x.pos[cut]) for s, x in self.queries.items()},
-            attn=None if self.attn is None else self.attn[cut],
         )
+
+    def until(self, column: int) -> Rows:
+        """The same for the entries before a column; without probabilities, which are of more entries."""
+        found = {name: getattr(self, name) for name in _BY_ENTRY}
+        return replace(
+            self,
+            **{name: value[:, :column] for name, value in found.items() if value is not None},
+            state={name: s[:, :column] for name, s in self.state.items()},
+            attn=None,
+        )
+
+
+_BY_ROW = ("now", "prompt", "heads", "step", "chunk", "own", "attn")
+_BY_ENTRY = ("pos", "resident", "readable", "frozen", "k", "v", "raw", "bias")
 
 
 def evidence(rows: Rows, source: QuerySource, kind: str) -> Tensor:
@@ -78,50 +110,105 @@ def evidence(rows: Rows, source: QuerySource, kind: str) -> Tensor:
     assert rows.queries is not None and rows.k is not None
     queries = rows.queries[source]
     logits = torch.einsum("hgqd,hnd->hgqn", queries.q.float(), rows.k.float()) * rows.scale
+    if rows.bias is not None:
+        logits = logits + rows.bias[:, None, None, :]
     seen = rows.readable[:, None, None, :] & (rows.pos[:, None, None, :] <= queries.pos[:, None, :, None])
     logits = logits.masked_fill(~seen, NEG_INF)
-    if kind == "logit":
-        return logits
-    return torch.softmax(logits, -1).nan_to_num(0.0)
+    return logits if kind == "logit" else torch.softmax(logits, -1).nan_to_num(0.0)
 
 
-def score(expr: Expr, rows: Rows, candidates: Tensor, unit: UnitPlan | None = None) -> Tensor:
+def score(
+    expr: Expr,
+    rows: Rows,
+    candidates: Tensor,
+    unit: UnitPlan | None = None,
+    *,
+    groups: bool = False,
+    leaves: Leaves | None = None,
+    among: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     """One float32 per entry, [rows, n]; meaningless outside `candidates` (bool [rows, n]).
 
-    Rows are taken one at a time where attention is asked for and no axis `h` ties them: the
-    probabilities of one KV head at a time are all that memory has to hold.
+    groups: the axis g is left open, [rows, g, n] (g = 1 where the formula reads no query heads). leaves: values of
+    leaves that rows do not hold, by (op, value): [rows] or [rows, n]. among: bool [rows, n], the entries that
+    reductions over i run over; without it all that are resident. causal: for a query there are only the entries
+    that it could read, and for an entry only the queries that could read it.
     """
-    nodes = expr.walk()
-    tied = any(n.op == "reduce" and words_of(n)[1] == "h" for n in nodes)
-    if not tied and any(n.op == "evidence" for n in nodes) and rows.pos.shape[0] > 1:
-        return torch.cat([score(expr, rows.one(r), candidates[r : r + 1], unit) for r in range(rows.pos.shape[0])])
-    return _Evaluator(rows, candidates, unit)(expr)
+    count = rows.pos.shape[0]
+    if count > 1 and not ties_heads(expr) and _held(expr, rows) > WIDE:
+        # The values of one KV head at a time are all that memory has to hold.
+        return torch.cat(
+            [
+                score(
+                    expr, rows.one(r), candidates[r : r + 1], unit, groups=groups, leaves=_row_of(leaves, r),
+                    among=None if among is None else among[r : r + 1], causal=causal,
+                )
+                for r in range(count)
+            ]
+        )  # fmt: skip
+    return _Evaluator(rows, candidates, unit, leaves or {}, among, causal).entries(expr, groups)
+
+
+def number(expr: Expr, rows: Rows, leaves: Leaves | None = None) -> Tensor:
+    """One float32 per row, [rows]; the mean over query heads and queries where they are left over."""
+    count = rows.pos.shape[0]
+    if count > 1 and not ties_heads(expr) and _held(expr, rows) > WIDE:
+        return torch.cat([number(expr, rows.one(r), _row_of(leaves, r)) for r in range(count)])
+    return _Evaluator(rows, rows.resident, None, leaves or {}, None, False).number(expr)
+
+
+def _held(expr: Expr, rows: Rows) -> int:
+    """How many values the widest of a formula's nodes has, one for each query head, query and entry."""
+    asked = sources_of([expr])
+    queries = [found.q for source, found in (rows.queries or {}).items() if source in asked]
+    return rows.pos.numel() * max((q.shape[1] * q.shape[2] for q in queries), default=0)
+
+
+def _row_of(leaves: Leaves | None, row: int) -> Leaves | None:
+    return leaves if leaves is None else {key: value[row : row + 1] for key, value in leaves.items()}
 
 
 class _Evaluator:
-    def __init__(self, rows: Rows, candidates: Tensor, unit: UnitPlan | None) -> None:
-        self.rows = rows
-        self.candidates = candidates
-        self.unit = unit
+    def __init__(
+        self, rows: Rows, candidates: Tensor, unit: UnitPlan | None, leaves: Leaves, among: Tensor | None, causal: bool
+    ) -> None:
+        self.rows, self.candidates, self.unit = rows, candidates, unit
+        self.leaves, self.among, self.causal = leaves, among, causal
         self.columns = None if unit is None else unit_columns(rows.pos, rows.resident, unit)
-        self.alive = self._arrange(rows.resident[:, None, None, :, None]).bool()
+        there = rows.resident if among is None else among
+        self.alive = self._arrange(there[:, None, None, :, None])
+        if self.columns is not None:
+            self.alive = self.alive & (self.columns >= 0)[:, None, None, :, :, None]
         self.memo: dict[Expr, Tensor] = {}
 
-    def __call__(self, expr: Expr) -> Tensor:
+    def entries(self, expr: Expr, groups: bool) -> Tensor:
+        """A formula's value for each entry, see `score`."""
         value = self._value(expr)
-        n, count = self.rows.pos.shape
-        if self.columns is None:
-            return value.expand(n, 1, 1, 1, count, 1).reshape(n, count)
-        flat = torch.zeros(n, count + 1, device=value.device)
-        columns = torch.where(self.columns < 0, count, self.columns)
-        units, size = columns.shape[1:]
-        value = value.expand(n, 1, 1, units, size, 1).reshape(n, units * size)
-        return flat.scatter(1, columns.reshape(n, -1), value)[:, :count]
+        rows, count = self.rows.pos.shape
+        open_ = value.shape[G]
+        flat = self._by_entry(value.expand(rows, open_, 1, *value.shape[U:E], value.shape[E], 1))[:, :, 0, :, 0]
+        flat = flat.expand(rows, open_, count)
+        return flat if groups else flat.squeeze(1)
+
+    def number(self, expr: Expr) -> Tensor:
+        """A formula's value for each row, see `number`."""
+        value = self._value(expr)
+        if value.shape[Q] > 1 or open_sources(expr):
+            value = masked("mean", value, self._present(expr), Q)
+        value = value.mean(G, keepdim=True)
+        return value.expand(len(self.rows.pos), 1, 1, 1, 1, 1).reshape(-1)
 
     def _value(self, expr: Expr) -> Tensor:
         if expr not in self.memo:
-            self.memo[expr] = getattr(self, "_" + expr.op)(expr)
+            given = self.leaves.get((expr.op, expr.value))
+            if given is not None:
+                self.memo[expr] = _per_row(given) if given.ndim == 1 else self._per_entry(given)
+            else:
+                self.memo[expr] = getattr(self, "_" + expr.op)(expr)
         return self.memo[expr]
+
+    # -- entries in rows, entries in units ---------------------------------------------------------------------
 
     def _arrange(self, entries: Tensor) -> Tensor:
         """[rows, G, Q, n, D] as [rows, G, Q, U, I, D]: one unit that is the whole row, or the units of the policy."""
@@ -132,102 +219,168 @@ class _Evaluator:
         index = index.expand(n, entries.shape[1], entries.shape[2], units * size, entries.shape[4])
         return entries.gather(3, index).unflatten(3, (units, size))
 
+    def _by_entry(self, value: Tensor) -> Tensor:
+        """Back from [rows, G, Q, U, I, D] to [rows, G, Q, n, D]; 0 for entries of no unit."""
+        if self.columns is None:
+            return value.squeeze(U)
+        count = self.rows.pos.shape[1]
+        rows, units, size = self.columns.shape
+        value = value.expand(rows, *value.shape[1:U], units, size, value.shape[D]).flatten(U, E)
+        columns = torch.where(self.columns < 0, count, self.columns).reshape(rows, 1, 1, -1, 1).expand_as(value)
+        flat = torch.zeros(*value.shape[:U], count + 1, value.shape[-1], device=value.device)
+        return flat.scatter(3, columns, value)[:, :, :, :count]
+
+    def _per_entry(self, entries: Tensor) -> Tensor:
+        """[rows, n] as a value."""
+        return self._arrange(entries.float()[:, None, None, :, None])
+
+    # -- leaves ------------------------------------------------------------------------------------------------
+
     def _const(self, expr: Expr) -> Tensor:
         value = expr.value
         assert isinstance(value, (Fraction, int, float))
         return torch.full((1, 1, 1, 1, 1, 1), float(value), device=self.rows.pos.device)
 
     def _scalar(self, expr: Expr) -> Tensor:
-        known = {"now": self.rows.now, "prompt": self.rows.prompt, "len": self.rows.resident.sum(1)}
-        return known[str(expr.value)].float().reshape(-1, 1, 1, 1, 1, 1)
+        rows = self.rows
+        if expr.value == "len":
+            return _per_row(rows.resident.sum(1))
+        known = {"now": rows.now, "prompt": rows.prompt, "step": rows.step, "chunk": rows.chunk}
+        value = known[str(expr.value)]
+        assert value is not None
+        return _per_row(value)
 
     def _state(self, expr: Expr) -> Tensor:
-        return self._arrange(self.rows.state[str(expr.value)][:, None, None, :, None])
+        return self._per_entry(self.rows.state[str(expr.value)])
 
     def _field(self, expr: Expr) -> Tensor:
-        name = str(expr.value).removeprefix("next.")
-        rows = self.rows
-        if name in ("k", "v"):
-            tensor = rows.k if name == "k" else rows.v
+        name, rows = str(expr.value).removeprefix("next."), self.rows
+        if name in ("k", "v", "raw.k"):
+            tensor = {"k": rows.k, "v": rows.v, "raw.k": self._stored_keys()}[name]
             assert tensor is not None
             value = self._arrange(tensor.float()[:, None, None])
+        elif name == "count":
+            value = self._per_entry(rows.state.get("@count", torch.ones_like(rows.pos)))
         else:
-            entry = rows.pos if name == "pos" else rows.now[:, None] - rows.pos
-            value = self._arrange(entry.float()[:, None, None, :, None])
+            value = self._per_entry(rows.pos if name == "pos" else rows.now[:, None] - rows.pos)
         if str(expr.value).startswith("next."):
             value = torch.cat([value[:, :, :, 1:], torch.zeros_like(value[:, :, :, :1])], U)
         return value
+
+    def _stored_keys(self) -> Tensor | None:
+        """Keys without rotation: as stored, or turned back by their original positions."""
+        rows = self.rows
+        if rows.compact or rows.k is None or rows.rope is None:
+            return rows.raw
+        return rotate(rows.k.float(), rows.pos.clamp(min=0), rows.rope, back=True)
+
+    def _queries(self, expr: Expr) -> Tensor:
+        rows = self.rows
+        if rows.own is not None:
+            return self._arrange(rows.own.float().unsqueeze(2))
+        source = source_of(expr)
+        assert rows.queries is not None and source is not None
+        return rows.queries[source].q.float()[:, :, :, None, None, :]
+
+    def _evidence(self, expr: Expr) -> Tensor:
+        kind, source = evidence_of(expr)
+        return self._arrange(evidence(self.rows, source, kind).unsqueeze(-1))
+
+    def _noise(self, expr: Expr) -> Tensor:
+        rows, source = self.rows, source_of(expr)
+        assert isinstance(expr.value, tuple) and source is not None
+        assert rows.queries is not None and rows.heads is not None
+        queries = rows.queries[source]
+        values = gumbel(int(expr.value[0]), rows.layer, rows.heads, queries.q.shape[1], queries.pos, rows.pos)
+        return self._arrange(values.unsqueeze(-1))
+
+    def _learned(self, expr: Expr) -> Tensor:
+        assert self.rows.weights is not None
+        inputs = [self._by_entry(self._value(arg))[:, :, 0] for arg in expr.args]
+        return self._per_entry(retained(self.rows.weights, str(expr.value), self.rows.layer, inputs))
 
     def _landmark(self, expr: Expr) -> Tensor:
         _, name = words_of(expr)
         assert self.unit is not None
         return self._value(dict(self.unit.landmarks)[name])
 
-    def _evidence(self, expr: Expr) -> Tensor:
-        kind, source = evidence_of(expr)
-        return self._arrange(evidence(self.rows, source, kind).unsqueeze(-1))
+    # -- reductions --------------------------------------------------------------------------------------------
 
     def _mask(self, expr: Expr) -> Tensor:
-        if not any(n.op == "field" and str(n.value).startswith("next.") for n in expr.walk()):
-            return self.alive
-        return torch.cat([self.alive[:, :, :, 1:], torch.zeros_like(self.alive[:, :, :, :1])], U)
+        """Which entries a reduction over them sees."""
+        mask = self.alive
+        if any(n.op == "field" and str(n.value).startswith("next.") for n in expr.walk()):
+            mask = torch.cat([mask[:, :, :, 1:], torch.zeros_like(mask[:, :, :, :1])], U)
+        return mask & self._readers(expr) if self.causal else mask
 
-    def _reduce(self, expr: Expr) -> Tensor:
-        fn, axis = words_of(expr)
-        x = self._value(expr.args[0])
-        if axis == "i":
-            return _masked(fn, x, self._mask(expr.args[0]), E)
-        if axis == "q":
-            return _masked(fn, x, self._present(expr.args[0]), Q)
-        dims = (H, G) if axis == "h" else (_DIM[axis],)
-        if fn == "softmax":
-            return torch.softmax(x, dims[0])
-        if fn in ("min", "max"):
-            return getattr(torch, "a" + fn)(x, dims, keepdim=True)
-        return getattr(torch, fn)(x, dims, keepdim=True)
+    def _readers(self, expr: Expr) -> Tensor:
+        """Which of a formula's queries could read which entry: bool, axes h q u i."""
+        queries = self.rows.queries or {}
+        sources = open_sources(expr) or set(queries)
+        at = queries[min(sources, key=lambda s: s.kind)].pos
+        return self._arrange((self.rows.pos[:, None, :] <= at[:, :, None])[:, None, :, :, None])
 
     def _present(self, expr: Expr) -> Tensor:
         """Which of the queries that a reduction over `q` closes there really are, per row: bool, axes h and q."""
-        source = _source_of_open_queries(expr)
-        if source is None or self.rows.queries is None:
-            return torch.ones((1, 1, 1, 1, 1, 1), dtype=torch.bool, device=self.rows.pos.device)
-        return (self.rows.queries[source].pos >= 0)[:, None, :, None, None, None]
+        there = torch.ones((1, 1, 1, 1, 1, 1), dtype=torch.bool, device=self.rows.pos.device)
+        if self.rows.queries is None or self.rows.own is not None:
+            return there
+        for source in open_sources(expr):
+            there = there & (self.rows.queries[source].pos >= 0)[:, None, :, None, None, None]
+        return there & self._readers(expr) if self.causal and not is_0_unread(expr) else there
+
+    def _reduce(self, expr: Expr) -> Tensor:
+        fn, axis = words_of(expr)
+        arg = expr.args[0]
+        if axis == "q":
+            return self._over_queries(fn, arg)
+        x = self._value(arg)
+        if axis == "i":
+            return masked(fn, x, self._mask(arg), E)
+        if axis == "u" and x.shape[U] > 1:
+            return masked(fn, x, self._mask(arg).any(E, keepdim=True), U)
+        return reduced(fn, x, (H, G) if axis == "h" else (_DIM[axis],))
+
+    def _over_queries(self, fn: str, arg: Expr) -> Tensor:
+        """A reduction over queries; sums and means of many of them block by block."""
+        sources, queries = open_sources(arg), self.rows.queries or {}
+        width = max((queries[s].pos.shape[1] for s in sources if s in queries), default=1)
+        per_query = _held(arg, self.rows) // width
+        if fn not in ("sum", "mean") or per_query * width <= WIDE or self.causal or ties_queries(arg):
+            return masked(fn, self._value(arg), self._present(arg), Q)
+        size, total = max(1, WIDE // per_query), torch.zeros((), device=self.rows.pos.device)
+        for at in range(0, width, size):
+            block = slice(at, at + size)
+            cut = {s: Queries(queries[s].q[:, :, block], queries[s].pos[:, block]) for s in sources}
+            part = replace(self.rows, queries=queries | cut, attn=None)
+            inner = _Evaluator(part, self.candidates, self.unit, self.leaves, self.among, self.causal)
+            total = total + masked("sum", inner._value(arg), inner._present(arg), Q)
+        return total if fn == "sum" else divide(total, self._present(arg).sum(Q, keepdim=True).float())
 
     def _pool(self, expr: Expr) -> Tensor:
         assert isinstance(expr.value, tuple)
         kind, width = str(expr.value[0]), int(expr.value[1])
-        x = self._value(expr.args[0])
-        rows = len(self.candidates)
-        x = x.expand(rows, *x.shape[1:]).clone()
+        x, (rows, count) = self._value(expr.args[0]), self.rows.pos.shape
+        x = x.expand(rows, *x.shape[1:E], self.alive.shape[E], x.shape[D])
+        x = self._by_entry(x).expand(-1, -1, -1, count, -1).transpose(-1, -2).clone()
         for r in range(rows):
             order = self.candidates[r].nonzero().flatten()
-            if not len(order):
-                continue
-            flat = x[r, ..., order, :].movedim(-2, -1).reshape(-1, 1, len(order))
-            pooled = (
-                F.max_pool1d(flat, width, 1, width // 2) if kind == "max" else F.avg_pool1d(flat, width, 1, width // 2)
-            )
-            shape = x[r, ..., order, :].movedim(-2, -1).shape
-            x[r, ..., order, :] = pooled.reshape(shape).movedim(-1, -2)
-        return x
+            if len(order):
+                x[r, ..., order] = pooled(kind, width, x[r, ..., order])
+        return self._arrange(x.transpose(-1, -2))
+
+    # -- elementwise -------------------------------------------------------------------------------------------
 
     def _unary(self, expr: Expr) -> Tensor:
-        x = self._value(expr.args[0])
-        if expr.value == "norm":
-            return torch.linalg.vector_norm(x, dim=D, keepdim=True)
-        return getattr(torch, str(expr.value))(x)
+        return unary(str(expr.value), self._value(expr.args[0]), D)
 
     def _binary(self, expr: Expr) -> Tensor:
         a, b = (self._value(arg) for arg in expr.args)
-        return _BINARY[str(expr.value)](a, b)
+        return BINARY[str(expr.value)](a, b)
 
     def _pair(self, expr: Expr) -> Tensor:
         a, b = (self._value(arg) for arg in expr.args)
-        dot = (a * b).sum(D, keepdim=True)
-        if expr.value == "dot":
-            return dot
-        norms = torch.linalg.vector_norm(a, dim=D, keepdim=True) * torch.linalg.vector_norm(b, dim=D, keepdim=True)
-        return _divide(dot, norms)
+        return pair(str(expr.value), a, b, D)
 
 
 def unit_columns(pos: Tensor, resident: Tensor, unit: UnitPlan) -> Tensor:
@@ -242,61 +395,6 @@ def unit_columns(pos: Tensor, resident: Tensor, unit: UnitPlan) -> Tensor:
     return table[:, :-1].reshape(rows, units, unit.size)
 
 
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b == 0, torch.zeros((), dtype=a.dtype, device=a.device), a / b)
-
-
-def _source_of_open_queries(expr: Expr) -> QuerySource | None:
-    """Whose queries the axis `q` of a formula is: that of its evidence which no reduction inside has closed."""
-    if expr.op == "evidence":
-        return evidence_of(expr)[1]
-    if expr.op == "reduce" and words_of(expr)[1] == "q" and words_of(expr)[0] != "softmax":
-        return None
-    return next((found for arg in expr.args if (found := _source_of_open_queries(arg)) is not None), None)
-
-
-def _masked(fn: str, x: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """A reduction that sees only what `mask` says is there; softmax keeps the axis. Variance is the sample variance.
-
-    What is not there may hold anything, infinities and NaN too, so it is replaced and never multiplied by 0.
-    """
-    if fn == "softmax":
-        return torch.softmax(_or_else(mask, x, NEG_INF), dim).nan_to_num(0.0)
-    if fn in ("min", "max"):
-        fill = float("inf") if fn == "min" else NEG_INF
-        out = getattr(torch, "a" + fn)(_or_else(mask, x, fill), dim, keepdim=True)
-        return torch.where(mask.any(dim, keepdim=True), out, 0.0)
-    total = _or_else(mask, x, 0.0).sum(dim, keepdim=True)
-    if fn == "sum":
-        return total
-    count = mask.sum(dim, keepdim=True).float()
-    mean = _divide(total, count)
-    if fn == "mean":
-        return mean
-    var = _divide((_or_else(mask, x - mean, 0.0) ** 2).sum(dim, keepdim=True), count - 1)
-    return var if fn == "var" else var.sqrt()
-
-
-def _or_else(mask: Tensor, x: Tensor, fill: float) -> Tensor:
-    """x where the mask says so, else `fill`; no copy in the usual case that everything is there."""
-    if bool(mask.all()):
-        return x.expand(torch.broadcast_shapes(x.shape, mask.shape))
-    return torch.where(mask, x, fill)
-
-
-_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "+": torch.add,
-    "-": torch.sub,
-    "*": torch.mul,
-    "/": _divide,
-    "max": torch.maximum,
-    "min": torch.minimum,
-    "<": lambda a, b: (a < b).float(),
-    "<=": lambda a, b: (a <= b).float(),
-    ">": lambda a, b: (a > b).float(),
-    ">=": lambda a, b: (a >= b).float(),
-    "==": lambda a, b: (a == b).float(),
-    "!=": lambda a, b: (a != b).float(),
-    "and": lambda a, b: ((a != 0) & (b != 0)).float(),
-    "or": lambda a, b: ((a != 0) | (b != 0)).float(),
-}
+def _per_row(numbers: Tensor) -> Tensor:
+    """[rows] as a value."""
+    return numbers.float().reshape(-1, 1, 1, 1, 1, 1)

@@ -6,15 +6,16 @@ yet: losers among them never will be.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.evaluate import Queries, Rows
+from kvcompile.kernels.formulas import reads_keys, sources_of
 from kvcompile.kernels.layout import Clock, Site, compact, write
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, StatePlan, evidence_of
+from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, QuerySource, formulas_of
+from kvcompile.kernels.rotary import places, places_among, rotate
 
 
 @dataclass(frozen=True)
@@ -47,46 +48,70 @@ def sequence(site: Site, b: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor 
     return Fresh(q, k[b, :, cut], v[b, :, cut], state, new, start)
 
 
-def entries_of_state(state: StatePlan, pos: Tensor) -> Tensor:
-    """A new entry's state, float32: a number, or its own position where it starts at `now`."""
-    if isinstance(state.init.value, Fraction):
-        return torch.full(pos.shape, float(state.init.value), device=pos.device)
-    return pos.float()
-
-
 def needs_keys(plan: PolicyPlan, cls: ClassPlan) -> bool:
-    """Whether a class's scores read keys, values or attention; else positions and states are enough."""
-    formulas = [s.score for s in cls.selections] + [e for u in plan.units for _, e in u.landmarks]
-    return any(
-        n.op in ("evidence", "landmark") or (n.op == "field" and str(n.value) not in ("pos", "age"))
-        for f in formulas
-        for n in f.walk()
-    )
+    """Whether a class's formulas read keys, values or attention; else positions and states are enough to decide."""
+    landmarks = [e for u in plan.units for _, e in u.landmarks]
+    return reads_keys([*_judged_by(cls), *landmarks])
 
 
 def query_sources(cls: ClassPlan) -> set[QuerySource]:
-    return {evidence_of(n)[1] for s in cls.selections for n in s.score.walk() if n.op == "evidence"}
+    """Whose queries a class's formulas ask for."""
+    return sources_of(_judged_by(cls))
+
+
+def _judged_by(cls: ClassPlan) -> list[Expr]:
+    of_losers = [e for loser in cls.losers for e in (loser.when, loser.weight) if e is not None]
+    return formulas_of(cls) + of_losers
+
+
+def with_queries(
+    plan: PolicyPlan, site: Site, b: int, heads: list[int], rows: Rows, sources: set[QuerySource], fresh: Fresh | None
+) -> Rows:
+    """Rows of one sequence together with the queries that its formulas ask for, as they read these rows."""
+    kv_heads = plan.facts.kv_heads
+    found = {s: gather_queries(site, b, heads, kv_heads, s, fresh) for s in sources}
+    return replace(rows, queries={s: placed(rows, queries) for s, queries in found.items()})
+
+
+def placed(rows: Rows, queries: Queries) -> Queries:
+    """Under `positions compact` queries turned by their place among what the rows hold; else as they are."""
+    if not rows.compact or not queries.pos.shape[1]:
+        return queries
+    assert rows.rope is not None
+    place = places_among(queries.pos.clamp(min=0), rows.pos, rows.readable)
+    return Queries(rotate(queries.q, place[:, None], rows.rope), queries.pos)
 
 
 def gather_queries(
     site: Site, b: int, heads: list[int], kv_heads: int, source: QuerySource, fresh: Fresh | None
 ) -> Queries:
-    """The queries of a source for some KV heads of sequence b.
+    """The queries of a source for some KV heads of sequence b, as the model gave them.
 
-    `last` reads the ring of newest queries; `peek` the piece's peeked tokens, in the last piece the ring;
-    `forward` this forward's own.
+    `last` and `previous` read the ring of newest queries; `peek` the piece's peeked tokens, in the last piece the
+    ring; `forward` and `sample` this forward's own. Of a sample without any query one that is absent is left.
     """
     rows = len(heads)
-    if source.kind == "forward" and fresh is not None:
-        pos = fresh.pos[: fresh.real].expand(rows, -1)
-        return Queries(fresh.q[heads][:, :, : fresh.real], pos)
+    if source.kind in ("forward", "sample") and fresh is not None:
+        own = Queries(fresh.q[heads][:, :, : fresh.real], fresh.pos[: fresh.real].expand(rows, -1))
+        return own if source.kind == "forward" else sampled(own, source)
     if source.kind == "peek" and fresh is not None and not int(site.clock[b, Clock.ENDS]):
         return Queries(fresh.q[heads][:, :, fresh.real :], fresh.pos[fresh.real :].expand(rows, -1))
-    width = 1 if source.kind == "forward" else source.width
-    now = int(site.clock[b, Clock.START] + site.clock[b, Clock.NEW]) - 1
-    pos = torch.arange(now - width + 1, now + 1, device=site.ring.device)
+    width = source.width if source.kind in ("last", "peek") else 1
+    newest = int(site.clock[b, Clock.START] + site.clock[b, Clock.NEW]) - 1 - (source.kind == "previous")
+    pos = torch.arange(newest - width + 1, newest + 1, device=site.ring.device)
     ring = site.ring[b].unflatten(0, (kv_heads, -1))[heads]
-    return Queries(ring[:, :, pos % site.ring.shape[2]], pos.clamp(min=-1).expand(rows, -1))
+    found = Queries(ring[:, :, pos % site.ring.shape[2]], pos.clamp(min=-1).expand(rows, -1))
+    return sampled(found, source) if source.kind == "sample" else found
+
+
+def sampled(queries: Queries, source: QuerySource) -> Queries:
+    """Those of some queries, the same positions in each row, that belong to the sample; one absent where none does."""
+    pos, part = queries.pos[0], source.part
+    due = pos * part.numerator // part.denominator > (pos - 1) * part.numerator // part.denominator
+    chosen = (due & (pos >= 0)).nonzero().flatten()
+    if not len(chosen):
+        return Queries(torch.zeros_like(queries.q[:, :, :1]), torch.full_like(queries.pos[:, :1], -1))
+    return Queries(queries.q[:, :, chosen], queries.pos[:, chosen])
 
 
 def gather_rows(
@@ -133,6 +158,13 @@ def gather_rows(
         state = state.gather(2, order.expand_as(state))
         k, v = (None if t is None else t.gather(1, order[..., None].expand_as(t)) for t in (k, v))
     clock = site.clock[sequences].repeat_interleave(len(heads), 0)
+    raw, bias = None, None
+    if plan.compact and k is not None:
+        # An entry without position has been turned by no place and never is.
+        raw, k = k, torch.where((pos < 0)[..., None], k, rotate(k, places(pos, readable), site.rope))
+    if plan.folds:
+        tokens = state[[s.name for s in plan.states].index("@count")]
+        bias = torch.where(resident & (pos < 0), tokens.log(), 0.0)
     rows = Rows(
         pos=pos,
         resident=resident,
@@ -144,6 +176,14 @@ def gather_rows(
         scale=scale,
         k=k,
         v=v,
+        layer=int(site.layer),
+        heads=torch.tensor(heads, device=pos.device).repeat(len(sequences)),
+        step=clock[:, Clock.STEP],
+        chunk=clock[:, Clock.NEW],
+        bias=bias,
+        rope=site.rope if site.rope.shape[1] else None,
+        compact=plan.compact,
+        raw=raw,
     )
     return rows, order, index
 

@@ -34,8 +34,9 @@ class Site(NamedTuple):
     top     paged: int32 [1], how many pages are free; extent: int64 [1], first slot never handed out
     ring    [batch, q_heads, window, head_dim], the newest queries, at slot position mod window
     clock   int64 [batch, Clock.WIDTH]
-    counts  int64 [layers, counts, batch]
-    fires   uint8 [classes, batch]
+    counts  int64 [layers, counts + shares, batch], the policy's counts, then the layer's parts of its shares
+    fires   uint8 [classes, batch], 0: does not decide; bit 0: by a trigger without condition; bit 1 + j: by the
+            class's j-th trigger that has one, where that holds
     scalar  float32 [scalars, rows], numbers that a row keeps between decisions, NaN before the first
     picked  uint8 [picks, batch, kv_heads, positions], 1 where a layer has chosen a position for later layers
     rope    float32 [2, positions, head_dim], cosine and sine of every place; no positions where nothing is rotated

@@ -9,15 +9,18 @@ constant, so that a changed policy is a changed graph. A changed schema needs a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import cpu, evict, reference
+from kvcompile.kernels import cpu, evict, reference, states
 from kvcompile.kernels.layout import Site
-from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.learned import fingerprint
+from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan
+from kvcompile.kernels.span import evict_span, measured_shares
+from kvcompile.kernels.states import Weights
 
 PHASES = ("chunk", "prefill.end", "step")
 
@@ -28,8 +31,12 @@ class Backend(Protocol):
     name: str
 
     def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
-    def observe(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
-    def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
+    def observe(
+        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
+    ) -> Tensor: ...
+    def attend_step(
+        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
+    ) -> Tensor: ...
     def evict_prefill(
         self,
         plan: PolicyPlan,
@@ -50,7 +57,7 @@ class Reference:
 
     name = "reference"
     attend_prefill = staticmethod(reference.attend_prefill)
-    observe = staticmethod(reference.observe)
+    observe = staticmethod(states.observe)
     attend_step = staticmethod(reference.attend_step)
     insert = staticmethod(evict.insert)
     evict_prefill = staticmethod(evict.evict_prefill)
@@ -76,10 +83,11 @@ def backend(name: str) -> Backend:
 
 @dataclass(frozen=True)
 class Program:
-    """A plan on a backend: what a site's digest stands for."""
+    """A plan on a backend: what a site's digest stands for. `weights`: trained scores, named as in `learned`."""
 
     plan: PolicyPlan
     backend: Backend
+    weights: Weights = field(default_factory=dict)
 
 
 _programs: dict[str, Program] = {}
@@ -88,6 +96,8 @@ _programs: dict[str, Program] = {}
 def register(program: Program) -> str:
     """Make a program known to the operators; returns the digest by which graphs name it."""
     key = f"{program.plan.digest}:{program.backend.name}"
+    if program.weights:
+        key += f":{fingerprint(program.weights)}"  # the plan knows only their names
     _programs[key] = program
     return key
 
@@ -105,19 +115,29 @@ def _anchor(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, 
         return out
     out = _attend_prefill(q, k, v, store, scale, site)
     state = _observe(q, k, v, store, scale, site) if plan.states else None
-    for cls in range(len(plan.classes)):
-        if fires_in(plan, cls, phase):
+    for cls, judges in stages(plan, phase):
+        if judges:
             _evict_prefill(q, k, v, state, store, scale, cls, site)
         else:
             _insert(k, v, state, store, cls, site)
     return out
 
 
+def stages(plan: PolicyPlan, phase: str) -> list[tuple[int, bool]]:
+    """What follows the read of a prompt's piece: (class, whether it may decide; else its rows just take the piece)."""
+    judging = [(cls, fires_in(plan, cls, phase)) for cls in range(len(plan.classes))]
+    return [(cls, fires) for cls, fires in judging if fires or plan.classes[cls].rows_of is None]
+
+
 def fires_in(plan: PolicyPlan, cls: int, phase: str) -> bool:
     """Whether a class may have to decide in a forward of this phase; which sequences do is data (`Site.fires`)."""
+    kinds: tuple[str, ...] = ("chunk", "filled", "full", "when")
     if phase == "step":
-        return any(plan.classes[cls].fires_on(kind) for kind in ("step", "every", "filled", "full"))
-    kinds = ("chunk", "filled", "full") if phase == "chunk" else ("chunk", "prefill.end", "filled", "full")
+        kinds = STEP_TRIGGERS
+    elif phase == "prefill.end":
+        if measured_shares(plan, cls):  # what they follow from has to be noted
+            return True
+        kinds = (*kinds, "prefill.end")
     return any(plan.classes[cls].fires_on(kind) for kind in kinds)
 
 
@@ -128,12 +148,12 @@ def _attend_prefill(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale:
 
 def _observe(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, site: str) -> Tensor:
     p = program(site)
-    return p.backend.observe(p.plan, Site(*store), q, k, v, scale)
+    return p.backend.observe(p.plan, Site(*store), q, k, v, scale, p.weights)
 
 
 def _attend_step(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, site: str) -> Tensor:
     p = program(site)
-    return p.backend.attend_step(p.plan, Site(*store), q, k, v, scale)
+    return p.backend.attend_step(p.plan, Site(*store), q, k, v, scale, p.weights)
 
 
 def _insert(k: Tensor, v: Tensor, state: Tensor | None, store: list[Tensor], cls: int, site: str) -> None:
@@ -150,9 +170,16 @@ def _evict_prefill(
 
 def _evict_step(stores: list[Tensor], layers: int, scale: float, site: str) -> None:
     p = program(site)
+    p.backend.evict_step(p.plan, _sites(stores, layers), scale)
+
+
+def _evict_span(stores: list[Tensor], layers: int, scale: float, phase: str, site: str) -> Tensor:
+    return evict_span(program(site).plan, _sites(stores, layers), scale, phase == "step")
+
+
+def _sites(stores: list[Tensor], layers: int) -> list[Site]:
     width = len(Site._fields)
-    sites = [Site(*stores[i * width : (i + 1) * width]) for i in range(layers)]
-    p.backend.evict_step(p.plan, sites, scale)
+    return [Site(*stores[i * width : (i + 1) * width]) for i in range(layers)]
 
 
 def _like_output(q: Tensor, *_: object) -> Tensor:
@@ -161,6 +188,11 @@ def _like_output(q: Tensor, *_: object) -> Tensor:
 
 def _like_state(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], *_: object) -> Tensor:
     return q.new_empty((store[Site._fields.index("state")].shape[0], *k.shape[:3]), dtype=torch.float32)
+
+
+def _like_parts(stores: list[Tensor], layers: int, scale: float, phase: str, site: str) -> Tensor:
+    batch = stores[Site._fields.index("clock")].shape[0]
+    return stores[0].new_empty((len(program(site).plan.shares), layers, batch))
 
 
 def _nothing(*_: object) -> None:
@@ -190,6 +222,11 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _nothing,
     ),
     "evict_step_v1": ("(Tensor(a!)[] stores, int layers, float scale, str site) -> ()", _evict_step, _nothing),
+    "evict_span_v1": (
+        "(Tensor(a!)[] stores, int layers, float scale, str phase, str site) -> Tensor",
+        _evict_span,
+        _like_parts,
+    ),
 }
 for _name, (_schema, _run, _fake) in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))

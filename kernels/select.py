@@ -1,24 +1,33 @@
 """The meaning of `keep`: which entries of some rows stay, by regions and selections, ties included.
 
-Takes rows in position order (`evaluate.Rows`), gives a keep mask and the winners of its selections.
+Takes rows in position order (`evaluate.Rows`), gives a keep mask and the winners of its selections. An entry
+without position (`fold mean`) is kept always, is in no region and competes for nothing.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.evaluate import Rows, score, unit_columns
+from kvcompile.kernels.compete import Contest, Place, budget, winners
+from kvcompile.kernels.evaluate import Rows, score
+from kvcompile.kernels.noise import hashed
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
+from kvcompile.kernels.units import Units, full, of_units, reads_next
+
+__all__ = ["Means", "Place", "Plainly", "keep_mask", "reads_next", "region_mask"]
 
 
 class Means(Protocol):
     """How scores are computed and winners chosen; a backend may bring its own, with the same meaning."""
 
     def score(self, term: Selection, rows: Rows, candidates: Tensor, unit: UnitPlan | None) -> Tensor: ...
-    def choose(self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor: ...
+    def choose(
+        self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor, versus: Contest | None
+    ) -> Tensor: ...
 
 
 class Plainly:
@@ -26,45 +35,59 @@ class Plainly:
 
     @staticmethod
     def score(term: Selection, rows: Rows, candidates: Tensor, unit: UnitPlan | None) -> Tensor:
-        """float32 [rows, n], meaningless outside `candidates`."""
-        return score(term.score, rows, candidates, unit)
+        """float32 [rows, n], for `query_head` [rows, group, n]; meaningless outside `candidates`."""
+        return score(term.score, rows, candidates, unit, groups=term.scope == "query_head")
 
     @staticmethod
-    def choose(term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
-        """The winners, bool [rows, n], as the scope says.
+    def choose(
+        term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor, versus: Contest | None
+    ) -> Tensor:
+        """The winners, bool [rows, n].
 
-        n int64 [rows]: of each row's candidates; where rows compete (`across`), the number of all of them, on each row.
+        n int64 [rows]: of each row's candidates; where rows compete, the number of all of them, on each row.
         """
-        values = -values if term.rank == "bottom" else values
-        if term.scope == "head":
-            return best(values, candidates, n)
-        if term.scope == "shared":
-            # The sharers hold the same entries, so one row's mask stands for all.
-            return best(values.mean(0, keepdim=True), candidates[:1], n[:1]).expand_as(candidates)
-        return _across(term, rows, values, candidates, n)
+        return winners(term, versus, values, rows.pos, candidates, n)
 
 
 def keep_mask(
-    plan: PolicyPlan, cls: ClassPlan, rows: Rows, numbers: Tensor, ends: Tensor, means: Means
+    plan: PolicyPlan,
+    cls: ClassPlan,
+    rows: Rows,
+    numbers: Tensor,
+    ends: Tensor,
+    means: Means,
+    place: Place | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decide one class's rows.
 
     numbers int64 [counts, rows]: the policy's counts for each row; ends bool [rows]: the row's prompt ends
-    with this piece. Returns (keep, won), bool [rows, n]: `won` are the winners of selections.
+    with this piece; place: where the rows stand, without it the heads of one layer. Returns (keep, won),
+    bool [rows, n]: `won` are the winners of selections. What goes to a slot for later layers is put there.
     """
+    place = place or heads_of_a_layer(len(rows.pos))
     taken = torch.zeros_like(rows.resident)
     for term in cls.keep:
         if isinstance(term, Region):
-            taken |= region_mask(plan, term, rows, numbers)
+            taken |= region_mask(plan, term, rows, numbers, place)
     won = torch.zeros_like(taken)
+    picked: dict[int, Tensor] = {}
     for term in cls.keep:
         if isinstance(term, Selection):
-            taken, chosen = _select(plan, term, rows, taken, numbers, ends, means)
+            taken, chosen = _select(plan, term, rows, taken, numbers, ends, means, place)
             won |= chosen
-    return taken & rows.resident, won
+            if term.pick is not None and term.layers != "shared":
+                picked[term.pick] = picked[term.pick] | chosen if term.pick in picked else chosen
+    for slot, chosen in picked.items():
+        place.choose(slot, rows.pos, chosen, list(range(len(rows.pos))))
+    return (taken | (rows.pos < 0)) & rows.resident, won
 
 
-def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor) -> Tensor:
+def heads_of_a_layer(heads: int) -> Place:
+    """The rows of the first heads of one layer of one sequence."""
+    return Place(0, (0,) * heads, tuple(range(heads)), (0,) * heads)
+
+
+def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor, place: Place) -> Tensor:
     """Entries of a region, by original position or history, whatever else is resident: bool [rows, n]."""
     pos, now = rows.pos, rows.now[:, None]
     count = torch.zeros_like(now) if region.count is None else numbers[region.count][:, None]
@@ -76,7 +99,7 @@ def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor) -
         case "recent":
             mask = pos > now - count
         case "stride":
-            mask = pos % count == 0
+            mask = torch.where(count > 0, pos % count.clamp(min=1) == 0, False)
         case "prompt":
             mask = pos < rows.prompt[:, None]
         case "generated":
@@ -89,103 +112,133 @@ def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor) -
             mask = (pos - unit.offset).div(unit.size, rounding_mode="floor") == (now - unit.offset).div(
                 unit.size, rounding_mode="floor"
             )
+        case "random":
+            mask = _at_random(region, rows, count, place)
+        case "picked":
+            assert region.pick is not None
+            mask = place.chosen(region.pick, pos)
         case other:
             raise NotImplementedError(f"region {other}")
-    return mask & rows.resident
+    return mask & rows.resident & (pos >= 0)
+
+
+def _at_random(region: Region, rows: Rows, count: Tensor, place: Place) -> Tensor:
+    """Entries at the `count` positions up to `now` of smallest hash, the older on ties: bool [rows, n].
+
+    Whatever else is resident, so a position that is out stays out only until `now` has grown.
+    """
+    device = rows.pos.device
+    layer, head = (torch.tensor(x, device=device)[:, None] for x in (place.layer, place.head))
+    at = torch.arange(int(rows.now.max()) + 1 if len(rows.now) else 0, device=device)[None]
+
+    def key(pos: Tensor) -> Tensor:
+        return hashed(region.seed, layer, head, pos) << 31 | pos
+
+    there = torch.where(at <= rows.now[:, None], key(at), torch.iinfo(torch.int64).max).sort(1).values
+    n = count.clamp(max=there.shape[1])
+    if not there.shape[1]:
+        return torch.zeros_like(rows.resident)
+    return (key(rows.pos.clamp(min=0)) <= there.gather(1, (n - 1).clamp(min=0))) & (n > 0)
 
 
 def _select(
-    plan: PolicyPlan, term: Selection, rows: Rows, taken: Tensor, numbers: Tensor, ends: Tensor, means: Means
+    plan: PolicyPlan,
+    term: Selection,
+    rows: Rows,
+    taken: Tensor,
+    numbers: Tensor,
+    ends: Tensor,
+    means: Means,
+    place: Place,
 ) -> tuple[Tensor, Tensor]:
-    candidates = rows.resident & ~taken
-    unit = plan.unit(term.unit) if term.unit else None
+    """One selection, after `taken` (bool [rows, n]). Returns what is taken now, and the winners."""
+    name = term.unit or term.whole
+    unit = plan.unit(name) if name else None
+    candidates = rows.resident & (rows.pos >= 0) & ~taken
     if unit is not None:
-        ready = _full(rows, unit, needs_next=reads_next(term, unit))
+        ready = full(rows, unit, needs_next=reads_next(term, unit))
         taken = taken | (candidates & ~ready)
         candidates &= ready
-    together = term.scope == "across" and unit is None
-    count = torch.zeros_like(rows.now) if term.count is None else numbers[term.count]
-    budget = _group_budget(term, _of_group(candidates.sum(1), together), _of_group(count, together))
     watched = torch.zeros_like(candidates)
     if term.observed:
         # They count within n, so they are winners like the others.
         watched = candidates & ends[:, None] & (rows.pos > (rows.now - term.observed)[:, None])
-        candidates &= ~watched
-        budget = (budget - _of_group(watched.sum(1), together)).clamp(min=0)
-    values = means.score(term, rows, candidates, unit)
-    if unit is not None:
-        chosen = _per_unit(term, rows, values, candidates, unit, budget)
-    else:
-        chosen = means.choose(term, rows, values, candidates, budget)
-    return taken | watched | chosen, watched | chosen
+    if term.layers != "shared":
+        won = watched | _compete(plan, term, rows, candidates, watched, numbers, means, place)
+        return taken | won, won
+    assert term.pick is not None
+    leads = place.leads(plan, term.sharing)
+    won = watched
+    if any(leads):
+        own = watched | _compete(plan, term, rows, candidates, watched, numbers, means, place)
+        won = torch.where(torch.tensor(leads, device=own.device)[:, None], own, won)
+        # Where a leading row does not decide, it keeps all that it has, and so do those that follow it.
+        everything = rows.resident & (rows.pos >= 0)
+        given = own if place.judged is None else torch.where(place.judged[:, None], own, everything)
+        replace(place, judged=None).choose(term.pick, rows.pos, given, [r for r, lead in enumerate(leads) if lead])
+    if not all(leads):
+        follows = ~torch.tensor(leads, device=won.device)[:, None]
+        won = won | (place.chosen(term.pick, rows.pos) & candidates & follows)
+    return taken | won, won
 
 
-def _of_group(numbers: Tensor, together: bool) -> Tensor:
-    """One number per row, int64 [rows]; of rows that compete, their sum on each row."""
-    return numbers.sum().expand_as(numbers) if together else numbers
-
-
-def _group_budget(term: Selection, candidates: Tensor, budget: Tensor) -> Tensor:
-    """A bare fraction is of the group's own `candidates` (how many there are), exact and truncated once."""
-    if term.fraction is None:
-        return budget
-    return candidates * term.fraction.numerator // term.fraction.denominator
-
-
-def best(values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
-    """The n [rows] highest of each row's candidates; ties to the earlier column, NaN last: bool [rows, columns]."""
-    rank = torch.empty(values.shape, dtype=torch.int64, device=values.device)
-    columns = torch.arange(values.shape[1], device=values.device).expand_as(rank)
-    rank.scatter_(1, _order(values, candidates), columns)
-    return candidates & (rank < n[:, None])
-
-
-def _order(values: Tensor, candidates: Tensor) -> Tensor:
-    """Columns from best to worst: real scores first, then NaN, then what is no candidate; stable throughout."""
-    broken = values.isnan()
-    key = torch.where(candidates & ~broken, values, float("-inf"))
-    order = torch.argsort(key, dim=1, descending=True, stable=True)
-    place = torch.where(candidates, broken.to(torch.uint8), 2)
-    if not bool((place == 1).any()) and bool((key > float("-inf")).sum() == candidates.sum()):
-        return order
-    return order.gather(1, torch.argsort(place.gather(1, order), dim=1, stable=True))
-
-
-def _across(term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
-    """Heads compete for n, the same on each row: floors first, then raw scores; ties to the older, the lower head."""
-    floor = n * term.floor.numerator // (term.floor.denominator * len(n))  # of the equal share, truncated once
-    safe = best(values, candidates, floor)
-    left = int(n[0] - safe.sum())
-    order = torch.argsort(rows.pos.flatten(), stable=True)
-    open_ = (candidates & ~safe).flatten()[order]
-    chosen = best(values.flatten()[order][None], open_[None], torch.tensor([left], device=values.device))[0]
-    return safe | torch.zeros_like(open_).scatter(0, order, chosen).reshape(safe.shape)
-
-
-def _per_unit(
-    term: Selection, rows: Rows, values: Tensor, candidates: Tensor, unit: UnitPlan, budget: Tensor
+def _compete(
+    plan: PolicyPlan,
+    term: Selection,
+    rows: Rows,
+    candidates: Tensor,
+    watched: Tensor,
+    numbers: Tensor,
+    means: Means,
+    place: Place,
 ) -> Tensor:
-    columns = unit_columns(rows.pos, rows.resident, unit)
-    heads, units, size = columns.shape
-    flat = columns.reshape(heads, -1)
-    there = flat >= 0
-    index = flat.clamp(min=0)
-    group = (candidates.gather(1, index) & there).reshape(heads * units, size)
-    n = _group_budget(term, group.sum(1), budget.repeat_interleave(units))
-    values = -values if term.rank == "bottom" else values
-    chosen = best(values.gather(1, index).reshape(heads * units, size), group, n).reshape(heads, -1)
-    out = torch.zeros(heads, candidates.shape[1] + 1, dtype=torch.bool, device=values.device)
-    return out.scatter(1, torch.where(there, index, candidates.shape[1]), chosen)[:, :-1]
+    """The winners among the candidates that are not watched: bool [rows, n]."""
+    versus = Contest.of(term, place, rows.pos.device)
+    count = torch.zeros_like(rows.now) if term.count is None else numbers[term.count]
+    if term.unit is None and term.whole is None:
+        n = _less(budget(term, versus, candidates, count), watched.sum(1), term, versus)
+        candidates = candidates & ~watched
+        return means.choose(term, rows, means.score(term, rows, candidates, None), candidates, n, versus)
+    unit = plan.unit(term.unit or term.whole or "")
+    units = Units.of(rows, unit)
+    if term.whole is not None:
+        there = units.spread(candidates).any(2)
+        used = -(-watched.sum(1) // unit.size)
+        n = _less(budget(term, versus, there, count), used, term, versus)
+        candidates = candidates & ~watched
+        values = means.score(replace(term, score=of_units(term.score)), rows, candidates, unit)
+        open_ = units.spread(candidates).any(2)
+        age = torch.arange(units.count, device=rows.pos.device).expand_as(open_)
+        won = winners(term, versus, units.of_unit(values), age, open_, n)
+        return units.back(won[:, :, None].expand_as(units.columns)) & candidates
+    return _within_units(term, versus, units, rows, candidates, watched, count, means, unit)
 
 
-def _full(rows: Rows, unit: UnitPlan, needs_next: bool) -> Tensor:
-    """Entries whose unit, and the next one where the score reads it, has been seen whole: bool [rows, n]."""
-    which = (rows.pos - unit.offset).div(unit.size, rounding_mode="floor")
-    last = unit.offset + (which + (2 if needs_next else 1)) * unit.size - 1
-    return (which >= 0) & (last <= rows.now[:, None])
+def _less(n: Tensor, used: Tensor, term: Selection, versus: Contest | None) -> Tensor:
+    """What is left of a group's number once what was watched counts within it, int64 [rows]."""
+    if not term.observed:
+        return n
+    return (n - (used if versus is None else versus.total(used))).clamp(min=0)
 
 
-def reads_next(term: Selection, unit: UnitPlan) -> bool:
-    """Whether a unit can be judged only once the one after it is full."""
-    formulas = [term.score, *(expr for _, expr in unit.landmarks)]
-    return any(n.op == "field" and str(n.value).startswith("next.") for f in formulas for n in f.walk())
+def _within_units(
+    term: Selection,
+    versus: Contest | None,
+    units: Units,
+    rows: Rows,
+    candidates: Tensor,
+    watched: Tensor,
+    count: Tensor,
+    means: Means,
+    unit: UnitPlan,
+) -> Tensor:
+    """Each unit is a contest of its own: its lines are (row, unit) in place of rows."""
+    lines = None if versus is None else versus.by_unit(units.count)
+    there, seen = (units.spread(mask).flatten(0, 1) for mask in (candidates, watched))
+    n = budget(term, lines, there, count.repeat_interleave(units.count))
+    n = _less(n, seen.sum(1), term, lines)
+    there, candidates = there & ~seen, candidates & ~watched
+    values = units.values(means.score(term, rows, candidates, unit)).flatten(0, 1)
+    age = torch.arange(unit.size, device=rows.pos.device).expand_as(there)
+    won = winners(term, lines, values, age, there, n)
+    return units.back(won.view_as(units.columns)) & candidates

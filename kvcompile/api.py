@@ -23,7 +23,11 @@ from kvcompile.kernels.layout import Site
 from kvcompile.passes import Compiled, compile_policy
 from kvcompile.passes.facts import model_facts
 from kvcompile.passes.open_anchors import gathered_evictions
+from kvcompile.passes.pipeline import probes_of
 from kvcompile.passes.sites import AttentionSite, find_sites
+from kvcompile.probe import run_probes
+from kvcompile.rotary import RopeTable
+from kvcompile.weights import load_weights
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
@@ -69,8 +73,9 @@ def optimize(
     policy: text (it has a line break), a path (ends in `.kvp` or holds a separator) or a library name.
     backend: `reference`, `cpu`, `triton`, or `auto` by the model's device. compile: how much torch.compile
     does behind the graph pass: `off`, `eager`, `inductor`, or `auto`, the measured default of the backend.
-    name: one policy of a file that holds several. tables: head tables, by head class. params: the policy's
-    parameters, as numbers or as text of the language.
+    name: one policy of a file that holds several. tables: files that the policy stands on, by the head class,
+    share or trained state that reads them. params: the policy's parameters, as numbers or as text of the language.
+    A policy with probes runs them here, a forward of up to 10,000 tokens.
 
     Raises PolicyError for the policy, KvCompileError for the model. A model that is already optimised is
     restored first.
@@ -82,12 +87,18 @@ def optimize(
     inner = _inner(compile, chosen)
     facts = model_facts(model)
     compiled = compile_policy(policy, facts, name=name, tables=tables, **params)
+    asked = probes_of(compiled.resolved)
+    if asked:  # only now, because a probe takes a forward and a policy with mistakes none
+        probes = run_probes(model, sites, asked)
+        compiled = compile_policy(policy, facts, name=name, tables=tables, probes=probes, **params)
+    weights = load_weights(compiled.plan, dict(compiled.learned), next(model.parameters()).device)
+    rope = RopeTable(model, sites) if compiled.plan.rotates else None
     restore(model)
-    key = ops.register(ops.Program(compiled.plan, ops.backend(chosen)))
+    key = ops.register(ops.Program(compiled.plan, ops.backend(chosen), weights))
     layers = Layers(compiled.plan.name, inner)
     scale = float(sites[0].attention.scaling)  # type: ignore[arg-type]
     tail = gathered_evictions(compiled.plan, key, scale, len(Site._fields))
-    engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, scale, inner != "off")
+    engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, scale, inner != "off", rope)
     forward = OptimizedForward(model, engine)
     before = vars(model).get("generate")
     request = (policy, {"backend": backend, "compile": compile, "name": name, "tables": tables, **params})

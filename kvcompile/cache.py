@@ -34,12 +34,15 @@ class KvCache(Cache):
         weakref.finalize(self, self.run.close).atexit = False
 
     def positions(self, layer: int, row: int = 0) -> list[Tensor]:
-        """Resident original positions of sequence `row`: one sorted int64 tensor per KV head."""
+        """Resident original positions of sequence `row`: one sorted int64 tensor per KV head.
+
+        An entry that `fold mean` has left has no position and does not show here.
+        """
         if not 0 <= layer < self.plan.facts.layers:
             raise KvCompileError(f"layer {layer} of a model with {self.plan.facts.layers} layers")
         if not 0 <= row < self.batch:
             raise KvCompileError(f"row {row} of a cache with {self.batch} sequences")
-        return self.store.positions(layer, row)
+        return [pos[pos >= 0] for pos in self.store.positions(layer, row)]
 
     def nbytes(self) -> int:
         """Bytes that the policy's entries hold: page waste, positions and states included."""

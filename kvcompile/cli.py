@@ -2,7 +2,7 @@
 
 Takes arguments; gives an exit code: 0 fine, 1 errors (findings, a failed comparison), 2 wrong usage.
 Guarantees: results on stdout, everything else on stderr; a user's mistake never shows a traceback;
-`check` imports neither torch nor transformers.
+`check` and `fmt` import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import typer
 
 from kvcompile import __version__
 from kvcompile.cli_check import check
+from kvcompile.cli_fmt import fmt
 from kvcompile.cli_inspect import inspect, kernels
 from kvcompile.cli_model import explain, run, verify
 
@@ -44,7 +45,7 @@ def options(
     """Compile KV-cache policies."""
 
 
-for command in (check, explain, run, inspect, verify, kernels):
+for command in (check, fmt, explain, run, inspect, verify, kernels):
     app.command()(command)
 
 

@@ -9,7 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
-from kvcompile.kernels.plan import ClassPlan, Count, Expr, PolicyPlan, QuerySource, Region, Selection, Trigger
+from kvcompile.kernels.plan import (
+    ClassPlan,
+    Count,
+    Expr,
+    Loser,
+    PolicyPlan,
+    QuerySource,
+    Region,
+    Selection,
+    Share,
+    Trigger,
+    Update,
+    source_of,
+)
 
 
 def plan_lines(plan: PolicyPlan) -> Iterator[str]:
@@ -26,49 +39,95 @@ def plan_lines(plan: PolicyPlan) -> Iterator[str]:
     yield f"prompt in {pieces}" + (f", the last {plan.peek} tokens run along with each" if plan.peek else "")
     asked = f"; scores ask for the {plan.query_window} newest queries" if plan.query_window else ""
     yield f"pages of {plan.page} tokens{asked}"
+    if plan.compact:
+        yield "keys are rotated by their place in the row"
     for index, cls in enumerate(plan.classes):
-        yield f"class {cls.name}: {plan.class_size(index)} KV heads, {_layers(plan, index)}"
+        rows = f"{plan.class_size(index)} KV heads, {_layers(plan, index)}"
+        yield f"class {cls.name}: " + (rows if cls.rows_of is None else f"rows of {plan.classes[cls.rows_of].name}")
         yield from (f"  {line}" for line in _class_lines(plan, cls))
     for state in plan.states:
-        grows = f", on attend += {formula(state.add)}" if state.add else ""
-        yield f"state {state.name}: starts at {formula(state.init)}{grows}"
+        grows = f", on attend += {formula(state.add, plan)}" if state.add else ""
+        yield f"state {state.name}: starts at {formula(state.init, plan)}{grows}"
+    for update in plan.updates:
+        yield _update(plan, update)
     for share in plan.shares:
-        yield f"share {share.name}: {formula(share.total)} a layer on average, by {share.by}"
+        yield _share(plan, share)
     for unit in plan.units:
-        marks = "".join(f"; {name} = {formula(expr)}" for name, expr in unit.landmarks)
+        marks = "".join(f"; {name} = {formula(expr, plan)}" for name, expr in unit.landmarks)
         yield f"unit {unit.name}: {unit.size} tokens from {unit.offset}{marks}"
 
 
-def formula(expr: Expr) -> str:
-    """An expression as text of the language; inner operations always stand in brackets."""
-    args = [formula(arg) for arg in expr.args]
-    if expr.op == "const":
-        return _number(expr.value)
-    if expr.op in ("scalar", "field", "state"):
-        return str(expr.value)
-    if expr.op == "landmark":
-        return ".".join(map(str, expr.value)) if isinstance(expr.value, tuple) else str(expr.value)
-    if expr.op == "evidence" and isinstance(expr.value, tuple):
-        name, source = expr.value
-        return f"{name}{_source(source)}"
-    if expr.op == "reduce" and isinstance(expr.value, tuple):
-        return f"{expr.value[0]}[{expr.value[1]}] {_bracketed(expr.args[0])}"
-    if expr.op == "pool" and isinstance(expr.value, tuple):
-        return f"{expr.value[0]}pool({args[0]}, {expr.value[1]})"
-    if expr.op == "binary" and str(expr.value) not in ("min", "max"):
-        return f"{_bracketed(expr.args[0])} {expr.value} {_bracketed(expr.args[1])}"
-    if expr.op == "unary" and expr.value == "neg":
-        return f"-{_bracketed(expr.args[0])}"
-    return f"{expr.value}({', '.join(args)})"
+def formula(expr: Expr, plan: PolicyPlan | None = None) -> str:
+    """An expression as text of the language; inner operations always stand in brackets. `plan` names shares."""
+    args = [formula(arg, plan) for arg in expr.args]
+    match expr.op, expr.value:
+        case "ema", (_, beta):
+            return f"ema({args[0]}, {_number(beta)})"
+        case "learned", name:
+            return f"learned({name}, {', '.join(_plain(arg) for arg in expr.args)})"
+        case "reduce", (fn, axis):
+            return f"{fn}[{axis}] {_bracketed(expr.args[0], plan)}"
+        case "pool", (fn, width):
+            return f"{fn}pool({args[0]}, {width})"
+        case "binary", fn if fn not in ("min", "max"):
+            return f"{_bracketed(expr.args[0], plan)} {fn} {_bracketed(expr.args[1], plan)}"
+        case "unary", "neg":
+            return f"-{_bracketed(expr.args[0], plan)}"
+    return f"{expr.value}({', '.join(args)})" if args else _leaf(expr, plan)
 
 
-def _bracketed(expr: Expr) -> str:
-    text = formula(expr)
+def _leaf(expr: Expr, plan: PolicyPlan | None) -> str:
+    match expr.op, expr.value:
+        case "const", value:
+            return _number(value)
+        case "landmark", (unit, name):
+            return f"{unit}.{name}"
+        case "share", int(index):
+            return plan.shares[index].name if plan is not None else f"share {index}"
+        case "evidence", (name, QuerySource() as source):
+            return f"{name}{_source(source)}"
+        case "queries", QuerySource() as source:
+            return "prev.q" if source.kind == "previous" else f"q{_source(source)}"
+        case "noise", (seed, _):
+            return f"gumbel({seed})"
+        case "sim", _:
+            return "sim"
+    return str(expr.value)
+
+
+def _plain(vector: Expr) -> str:
+    """A vector of an entry's own token: whose it is goes without saying."""
+    return "q" if source_of(vector) is not None else formula(vector)
+
+
+def _bracketed(expr: Expr, plan: PolicyPlan | None) -> str:
+    text = formula(expr, plan)
     return f"({text})" if expr.op == "binary" else text
 
 
 def _source(source: QuerySource) -> str:
-    return "" if source.kind == "forward" else f"[q in {source.kind}({source.width})]"
+    if source.kind == "forward":
+        return ""
+    return f"[q in {source.kind}({_number(source.part) if source.kind == 'sample' else source.width})]"
+
+
+def _update(plan: PolicyPlan, update: Update) -> str:
+    where = f" where {formula(update.where, plan)}" if update.where is not None else ""
+    changes = ", ".join(f"{name} = {formula(value, plan)}" for name, value in update.assigns)
+    return f"on {update.event}{where}: {changes}"
+
+
+def _share(plan: PolicyPlan, share: Share) -> str:
+    how = {
+        "pyramid": f"pyramid({_number(share.beta)})",
+        "table": "a table",
+        "softmax": f"softmax({formula(share.score, plan) if share.score else ''})",
+        "cover": f"cover({formula(share.score, plan) if share.score else ''})",
+    }[share.by]
+    aside = ", ".join(_count(plan, plan.counts[index]) for index in share.reserve)
+    aside = f", {aside} set aside first" if aside else ""
+    groups = f", {share.sharing} layers share one part" if share.sharing > 1 else ""
+    return f"share {share.name}: {formula(share.total, plan)} a layer on average, by {how}{aside}{groups}"
 
 
 def _number(value: object) -> str:
@@ -80,9 +139,8 @@ def _number(value: object) -> str:
 
 def _layers(plan: PolicyPlan, index: int) -> str:
     """In which layers a class has heads, as ranges."""
-    found = [layer for layer in range(plan.facts.layers) if index in plan.class_of[layer]]
     ranges: list[list[int]] = []
-    for layer in found:
+    for layer in plan.class_layers(index):
         if ranges and ranges[-1][1] == layer - 1:
             ranges[-1][1] = layer
         else:
@@ -94,9 +152,12 @@ def _class_lines(plan: PolicyPlan, cls: ClassPlan) -> Iterator[str]:
     if not cls.triggers:
         yield "keeps everything"
         return
+    verb = "pick" if cls.only_picks else "keep"
     for term in cls.keep:
-        yield f"keep {_region(plan, term) if isinstance(term, Region) else _selection(plan, term)}"
-    yield "at " + ", ".join(_trigger(trigger) for trigger in cls.triggers)
+        yield f"{verb} {_region(plan, term) if isinstance(term, Region) else _selection(plan, term)}"
+    for loser in cls.losers:
+        yield f"else {_loser(plan, loser)}"
+    yield "at " + ", ".join(_trigger(plan, trigger) for trigger in cls.triggers)
     if cls.states:
         yield "states " + ", ".join(cls.states)
     if cls.by_position:
@@ -104,24 +165,45 @@ def _class_lines(plan: PolicyPlan, cls: ClassPlan) -> Iterator[str]:
 
 
 def _region(plan: PolicyPlan, region: Region) -> str:
-    inner = "" if region.count is None else f"({_count(plan.counts[region.count])})"
+    inner = "" if region.count is None else f"({_count(plan, plan.counts[region.count])})"
     seed = f", seed {region.seed}" if region.kind == "random" else ""
-    return f"{region.kind}{inner}" + (f" {region.unit}" if region.unit else "") + seed
+    slot = f" {region.pick}" if region.pick is not None else ""
+    return f"{region.kind}{inner}" + (f" {region.unit}" if region.unit else "") + seed + slot
 
 
 def _selection(plan: PolicyPlan, choice: Selection) -> str:
-    amount = _number(choice.fraction) if choice.count is None else _count(plan.counts[choice.count])
-    scope = {"head": "per head", "shared": "shared heads", "across": "across heads"}[choice.scope]
+    words = {"head": "per head", "query_head": "per query_head", "shared": "shared heads", "across": "across heads"}
+    scope = words[choice.scope]
     scope += f" floor {_number(choice.floor)}" if choice.floor else ""
+    scope += {"each": "", "shared": f" shared layers({choice.sharing})", "across": " across layers"}[choice.layers]
     scope += f" per {choice.unit}" if choice.unit else ""
     scope += f", the {choice.observed} newest of the last piece among them" if choice.observed else ""
-    return f"{choice.rank}({amount}) by {formula(choice.score)} {scope}"
+    scope += f", into slot {choice.pick}" if choice.pick is not None else ""
+    if choice.rank == "where":
+        return f"where {formula(choice.score, plan)}{scope.removeprefix('per head')}"
+    amount = _number(choice.fraction) if choice.count is None else _count(plan, plan.counts[choice.count])
+    whole = f" {choice.whole}s" if choice.whole else ""
+    return f"{choice.rank}({amount}){whole} by {formula(choice.score, plan)} {scope}"
 
 
-def _count(count: Count) -> str:
-    return formula(count.expr)
+def _loser(plan: PolicyPlan, loser: Loser) -> str:
+    if loser.kind == "drop":
+        return "drop"
+    if loser.kind == "fold":
+        return f"fold {loser.fn}" + (f", {_number(loser.part)} of them" if loser.part else "")
+    by = "distance(pos)" if loser.fn == "pos" else f"{loser.fn}({loser.of})"
+    when = f" when {formula(loser.when, plan)}" if loser.when is not None else ""
+    weight = f" weight {formula(loser.weight, plan)}" if loser.weight is not None else ""
+    return f"merge into nearest by {by}{when}{weight}"
 
 
-def _trigger(trigger: Trigger) -> str:
+def _count(plan: PolicyPlan, count: Count) -> str:
+    return formula(count.expr, plan)
+
+
+def _trigger(plan: PolicyPlan, trigger: Trigger) -> str:
     inner = ", ".join(str(value) for value in (trigger.unit, trigger.n) if value is not None)
-    return f"{trigger.kind}({inner})" if inner else trigger.kind
+    named = f"{trigger.kind}({inner})" if inner else trigger.kind
+    if trigger.cond is None:
+        return named
+    return f"{named} {formula(trigger.cond, plan)}" if named == "when" else f"{named} if {formula(trigger.cond, plan)}"

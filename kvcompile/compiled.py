@@ -167,6 +167,9 @@ def _mark_pools(site: Site) -> None:
         torch._dynamo.maybe_mark_dynamic(pool, 0)
     torch._dynamo.maybe_mark_dynamic(site.state, 1)
     torch._dynamo.maybe_mark_dynamic(site.table, 1 if site.paged else 0)
+    for table, dim in ((site.picked, 3), (site.rope, 1)):
+        if table.shape[dim]:
+            torch._dynamo.maybe_mark_dynamic(table, dim)
 
 
 class LayerForward:

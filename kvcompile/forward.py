@@ -17,8 +17,10 @@ from kvcompile.cache import KvCache
 from kvcompile.compiled import ATTENTION, Call, Layers, no_copies
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.span import waits
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
 from kvcompile.reserve import reserve_prefill
+from kvcompile.rotary import RopeTable
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
 from kvcompile.store import PagedStore, to_device
@@ -36,6 +38,7 @@ class Engine:
     tail: fx.GraphModule | None
     scale: float
     compiled: bool
+    rope: RopeTable | None = None  # where the policy turns keys by itself
 
 
 class OptimizedForward:
@@ -185,8 +188,13 @@ class OptimizedForward:
     ) -> Any:  # fmt: skip
         """One forward through the layers: numbers in, memory reserved, account kept."""
         engine, store, sequences = self.engine, cache.store, cache.sequences
+        if engine.rope is not None:
+            store.rope = engine.rope.upto(_places(engine.plan, cache, tokens.shape[1]))
+        if engine.plan.compact:  # the model leaves queries and keys unturned, every read turns them by place
+            positions = torch.zeros_like(positions)
         clock, counts = sequences.numbers(pieces)
         fires = sequences.fires(pieces, store.lengths() if _asks_length(engine.plan) else None)
+        store.reach(max(s.seen + p.new for s, p in zip(sequences.each, pieces, strict=True)))
         if phase == "step":
             store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
         for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
@@ -202,6 +210,9 @@ class OptimizedForward:
             )  # fmt: skip
             if phase == "step" and bool(fires.any()):
                 self._evict_opened(call)
+            parts = self._evict_span(call, fires, phase == "prefill.end")
+        if parts is not None:
+            sequences.measure(parts, pieces)
         sequences.advance(pieces, fires)
         cache.run.timed(watch.seconds, phase == "step", sum(p.new for p in pieces))
         return output
@@ -216,6 +227,17 @@ class OptimizedForward:
             return
         stores = [t for index in call.opened for t in call.sites[index]]
         torch.ops.kvc.evict_step_v1(stores, len(call.opened), engine.scale, call.site)
+
+    def _evict_span(self, call: Call, fires: Tensor, ends: bool) -> Tensor | None:
+        """Decisions that wait for the last layer, however the layers ran; gives measured shares where prompts end."""
+        plan = self.engine.plan
+        waiting = list(waits(plan, call.phase == "step"))
+        measures = ends and any(share.measured for share in plan.shares)
+        if not measures and not bool(fires[waiting].any()):
+            return None
+        stores = [t for site in call.sites for t in site]
+        parts = torch.ops.kvc.evict_span_v1(stores, len(call.sites), self.engine.scale, call.phase, call.site)
+        return parts if measures else None
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise no_copies()
@@ -234,6 +256,12 @@ def _positions(cache: KvCache, pieces: list[Piece], width: int, device: torch.de
     used = torch.tensor([p.new + p.peek for p in pieces])[:, None]
     offset = torch.arange(width) - (width - used)
     return to_device(torch.where(offset >= 0, start + offset, 0), device)
+
+
+def _places(plan: PolicyPlan, cache: KvCache, width: int) -> int:
+    """Places that a forward of so many columns can ask for: of a row's entries, or original positions."""
+    held = int(cache.store.lengths().max()) if plan.compact else max(s.seen for s in cache.sequences.each)
+    return held + width
 
 
 class _Cut(NamedTuple):

@@ -55,7 +55,8 @@ class Store:
         )
         self.layers = torch.arange(facts.layers, device=device)[:, None]
         self.clock = torch.zeros(batch, Clock.WIDTH, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(facts.layers, len(plan.counts), batch, dtype=torch.int64, device=device)
+        numbers = len(plan.counts) + len(plan.shares)
+        self.counts = torch.zeros(facts.layers, numbers, batch, dtype=torch.int64, device=device)
         self.fires = torch.zeros(len(plan.classes), batch, dtype=torch.uint8, device=device)
         self.scalar = torch.full((plan.scalars, facts.layers, self.rows), float("nan"), device=device)
         self.picked = torch.zeros(plan.picks, batch, facts.kv_heads, 0, dtype=torch.uint8, device=device)
@@ -71,6 +72,14 @@ class Store:
     def beside_bytes(self) -> int:
         """What stands beside the pools: newest queries, numbers of rows, choices for later layers, RoPE tables."""
         return sum(t.untyped_storage().nbytes() for t in (self.ring, self.scalar, self.picked, self.rope))
+
+    def reach(self, positions: int) -> None:
+        """Let slots for later layers' choices tell positions below this; call before a forward that brings them."""
+        old = self.picked.shape[3]
+        if self.plan.picks and positions > old:
+            # Doubled, so that a graph sees a new size rarely, and never one or none.
+            more = max(64, 1 << (positions - 1).bit_length()) - old
+            self.picked = torch.cat([self.picked, self.picked.new_zeros(*self.picked.shape[:3], more)], 3)
 
     def lengths(self) -> Tensor:
         """Entries per row, int32 [layers, batch, kv_heads]."""
@@ -129,7 +138,10 @@ class ExtentStore(Store):
             repack(self.site(layer), dict(enumerate(need)))
 
     def settle(self) -> None:
-        """After a forward: layers that evicted most of what they held give the memory back."""
+        """After a forward: rows that shrank leave their room to others, layers that evicted most give memory back."""
+        loose = self.table[:, :, 1] - self.length > self.length // 32 + 2 * SLACK
+        for layer, row in loose.nonzero().tolist():
+            self.table[layer, row, 1] = extent(int(self.length[layer, row]))
         for layer, entries in enumerate(self.length.sum(1).tolist()):
             if self.pools[layer].slots > 2 * (entries + entries // 32 + self.rows * SLACK):
                 self._resize(layer, sum(extent(n) for n in self.length[layer].tolist() if n))
@@ -189,9 +201,12 @@ class PagedStore(Store):
     def commit(self) -> None:
         """Grow pool and table to hold every row at its bound; where heads compete, with a spare page per row."""
         page = self.plan.page
-        uneven = any(t.scope == "across" for c in self.plan.classes for t in c.selections)
+        selections = [t for c in self.plan.classes for t in c.selections]
+        heads = self.plan.facts.kv_heads if any(t.scope == "across" for t in selections) else 1
+        layers = self.plan.facts.layers if any(t.layers == "across" for t in selections) else 1
+        uneven = heads * layers > 1
         pages = int((-(-(self.upper + 1) // page)).sum()) + uneven * len(self.upper)
-        widest = -(-int(self.upper.max() + 1) // page) * (self.plan.facts.kv_heads if uneven else 1)
+        widest = -(-int(self.upper.max() + 1) // page) * heads * layers
         if widest > self.table.shape[1]:
             extra = self.table.new_zeros(self.table.shape[0], widest - self.table.shape[1])
             self.table = torch.cat([self.table, extra], 1)

@@ -1,14 +1,13 @@
-"""Bind: which class every KV head of every layer belongs to.
+"""Bind: which class every KV head of every layer belongs to, and which files a policy stands on.
 
-Takes `kv.class` and `kv.heads` facts, the model's shape and head tables; adds one `kv.site` per layer.
-Guarantees: every head has exactly one class; classes without heads are gone, with their sets; a layer that the
-model lacks, heads claimed twice and tables that do not fit are refused at the policy's place.
+Takes `kv.class` and `kv.heads` facts, the model's shape, tables and probes; adds one `kv.site` per layer and the
+weights of shares by table. Guarantees: every head has exactly one class; classes without heads are gone, with their
+sets; a layer that the model lacks, heads claimed twice and files that do not fit are refused at the policy's place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import networkx as nx
 from xdsl.dialects.builtin import ModuleOp
@@ -17,11 +16,14 @@ from xdsl.transforms.dead_code_elimination import region_dce
 from kvcompile.dsl.diagnostics import did_you_mean, fail, outside
 from kvcompile.dsl.dialect import rational
 from kvcompile.dsl.dialect_policy import ClassOp, HeadsOp, PolicyOp, SiteOp
-from kvcompile.dsl.dialect_sets import KeepOp, TopOp, UnionOp
-from kvcompile.dsl.lower_heads import reads_all_heads
+from kvcompile.dsl.dialect_sets import KeepOp, PickOp, TopOp
+from kvcompile.dsl.lower_heads import decides_for_all
 from kvcompile.dsl.module import policy_of
+from kvcompile.passes.carried import terms_of
 from kvcompile.passes.context import Context
-from kvcompile.passes.tables import choose, read_table
+from kvcompile.passes.files import bind_files, check_given, located
+from kvcompile.passes.links import check_links
+from kvcompile.passes.tables import best, choose, probe_key, probe_table, read_table
 
 Heads = frozenset[tuple[int, int]]  # (layer, KV head)
 
@@ -35,6 +37,7 @@ class Bind:
     def __call__(self, module: ModuleOp, context: Context) -> None:
         policy = policy_of(module)
         ops = list(policy.body.block.ops)
+        check_given(policy, context)
         named = _head_classes([op for op in ops if isinstance(op, HeadsOp)], context)
         classes = [op for op in ops if isinstance(op, ClassOp)]
         taken = _rows(classes, named, context)
@@ -44,8 +47,10 @@ class Bind:
             site = SiteOp(layer, owners)
             site.location = policy.location
             policy.body.block.add_op(site)
+        check_links(policy, taken, context)
         _erase_unused(policy, {op.sym_name.data for op in taken.values()})
         _check_whole_layers(policy, taken, context)
+        bind_files(policy, context)
 
 
 def _everything(context: Context) -> Heads:
@@ -61,10 +66,10 @@ def _head_classes(ops: list[HeadsOp], context: Context) -> dict[str, Heads]:
     declared: dict[str, list[HeadsOp]] = {}
     for op in ops:
         declared.setdefault(op.label.data, []).append(op)
-    _check_given(declared, context)
     tables: dict[str, Heads] = {}
     for name, sources in declared.items():
         parts = [_table_heads(op, context) for op in sources if op.kind.data == "table"]
+        parts += [_probe_heads(op, context) for op in sources if op.kind.data == "probe"]
         tables[name] = frozenset().union(*parts)
 
     found = dict(tables)
@@ -96,28 +101,21 @@ def _in_order(declared: dict[str, list[HeadsOp]], context: Context) -> list[str]
         ) from None
 
 
-def _check_given(declared: dict[str, list[HeadsOp]], context: Context) -> None:
-    with_table = {name for name, ops in declared.items() if sum(op.kind.data == "table" for op in ops) == 1}
-    for name in context.tables:
-        if name not in with_table:
-            raise fail("K601", f"a table is given for `{name}`, which takes none in this policy", outside("<tables>"),
-                       did_you_mean(name, with_table, "classes with a table") or "leave it out")  # fmt: skip
-
-
 def _table_heads(op: HeadsOp, context: Context) -> Heads:
-    name, span = op.label.data, context.places.span(op)
-    path = context.tables.get(name)
-    if path is None:
-        written = Path(op.source.data)
-        base = context.bases.get(name)
-        if base is None and not written.is_absolute():
-            raise fail("K610", f"the policy brings no table for `{name}`", span,
-                       f'give one: tables={{"{name}": "path/to/heads.tsv"}}, or --table {name}=PATH')  # fmt: skip
-        path = written if base is None else base / written
+    span = context.places.span(op)
+    path = located(op.label.data, op.source.data, span, context)
     table = read_table(path, context.facts.layers, context.facts.kv_heads)
     heads, warnings = choose(table, rational(op.top) if op.top is not None else None, span)
     context.findings.extend(warnings)
     return heads
+
+
+def _probe_heads(op: HeadsOp, context: Context) -> Heads:
+    assert op.top is not None
+    key = probe_key(op.source.data, op.tokens.value.data if op.tokens is not None else None)
+    table, warnings = probe_table(context.probes.get(key), context.facts, key, context.places.span(op))
+    context.findings.extend(warnings)
+    return best(table, rational(op.top))
 
 
 # ---------------------------------------------------------------- classes of rows
@@ -184,29 +182,26 @@ def _layers(op: ClassOp, ranges: tuple[tuple[int, int], ...], context: Context) 
 def _check_whole_layers(policy: PolicyOp, taken: dict[tuple[int, int], ClassOp], context: Context) -> None:
     """`[h]` and `shared heads` are about all heads of a layer: a class that has only some of them cannot ask."""
     ops = list(policy.body.block.ops)
-    for keep in ops:
-        if not isinstance(keep, KeepOp) or not isinstance(keep.set.owner, UnionOp):
+    for decision in ops:
+        if not isinstance(decision, KeepOp | PickOp):
             continue
-        name = keep.of.root_reference.data
+        name = decision.of.root_reference.data
         owned = [layer for (layer, _), op in sorted(taken.items()) if op.sym_name.data == name]
         partial = next((layer for layer in owned if owned.count(layer) < context.facts.kv_heads), None)
-        for term in keep.set.owner.terms:
-            top = term.owner
-            if partial is None or not isinstance(top, TopOp):
+        for top in terms_of(decision):
+            if partial is None or not isinstance(top, TopOp) or not decides_for_all(top, ops):
                 continue
-            shared = top.scope.data == "shared"
-            if shared or reads_all_heads(top.score, ops):
-                code, what = ("K904", "`shared heads`") if shared else ("K905", "`[h]`")
-                message = (
-                    f"{what} is about all {context.facts.kv_heads} KV heads of a layer, "
-                    f"and `{name}` has {owned.count(partial)} of layer {partial}"
-                )
-                raise fail(code, message, context.places.span(top), "decide `per head`, or give the class whole layers")
+            code, what = ("K904", "`shared heads`") if top.scope.data == "shared" else ("K905", "`[h]`")
+            message = (
+                f"{what} is about all {context.facts.kv_heads} KV heads of a layer, "
+                f"and `{name}` has {owned.count(partial)} of layer {partial}"
+            )
+            raise fail(code, message, context.places.span(top), "decide `per head`, or give the class whole layers")
 
 
 def _erase_unused(policy: PolicyOp, used: set[str]) -> None:
     for op in list(policy.body.block.ops):
-        unused_keep = isinstance(op, KeepOp) and op.of.root_reference.data not in used
+        unused_keep = isinstance(op, KeepOp | PickOp) and op.of.root_reference.data not in used
         unused_class = isinstance(op, ClassOp) and op.sym_name.data not in used
         if unused_keep or unused_class:
             policy.body.block.erase_op(op)

@@ -1,8 +1,8 @@
-"""What passes know beside the module: the model, places, head tables; and the findings that they leave."""
+"""What passes know beside the module: the model, places, files, measurements; and the findings that they leave."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +13,16 @@ from kvcompile.kernels.plan import ModelFacts
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """`tables`: head class -> table given by the caller. `bases`: head class -> folder that paths in the policy
-    count from, None where only the caller can say (library policies)."""
+    """`tables`: name -> file given by the caller, the name being a head class, a share, or a state that starts from a
+    trained score. `bases`: the same names -> folder that paths in the policy count from, None where only the caller
+    can say (library policies). `probes`: what a probe measured, [layer][kv head], by its key (`tables.probe_key`).
+    `learned`: filled by `bind`, the files of trained scores by name.
+    """
 
     facts: ModelFacts
     places: Places = field(default_factory=Places)
     tables: Mapping[str, Path] = field(default_factory=dict)
     bases: Mapping[str, Path | None] = field(default_factory=dict)
+    probes: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     findings: list[Diagnostic] = field(default_factory=list)
+    learned: dict[str, Path] = field(default_factory=dict)

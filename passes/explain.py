@@ -1,8 +1,8 @@
 """`explain`: what a policy holds and costs on a model, before anything runs.
 
-Takes a policy, a model or its configuration, and lengths; gives `Explanation`: classes, footprint, peak, bytes, and
-the largest speed-up of a decode step that memory traffic allows. Guarantees: nothing runs on the model; footprint
-and peak are exact for static policies and say so where they are bounds.
+Takes a policy, a model or its configuration, and lengths; gives `Explanation`: classes, layers, footprint, peak,
+bytes, and the largest speed-up of a decode step that memory traffic allows. Guarantees: nothing runs on the model;
+footprint and peak are exact for static policies and say so where they are bounds.
 """
 
 from __future__ import annotations
@@ -12,44 +12,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompile.dsl import ast
-from kvcompile.dsl.check_cost import COSTS
 from kvcompile.dsl.diagnostics import Diagnostic
-from kvcompile.dsl.lower import class_name
-from kvcompile.dsl.printer import text
-from kvcompile.dsl.resolve import Resolved
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource
+from kvcompile.kernels.gpus import gpu as gpu_facts
+from kvcompile.kernels.plan import ModelFacts, PolicyPlan
+from kvcompile.kernels.roofline import Traffic
+from kvcompile.passes.class_facts import ClassFacts, class_facts
 from kvcompile.passes.facts import model_facts
 from kvcompile.passes.footprint import Footprint, footprint
 from kvcompile.passes.held import Held, held
 from kvcompile.passes.pipeline import compile_policy
 
-_COST_ORDER = list(COSTS)
-
-
-@dataclass(frozen=True, slots=True)
-class ClassFacts:
-    """One head class: KV heads over all layers, what it keeps and when, and what its scores cost."""
-
-    name: str
-    heads: int
-    keep: str
-    cost: str
-
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """One layer at the end: entries of its KV heads of one sequence together, and heads by class."""
+    """One layer at the end: KV heads by class, and the entries that those of one sequence hold together, by class.
+
+    Where layers compete, or divide a share by what is in them, only their sum is known: each shows an equal part.
+    """
 
     layer: int
-    entries: int
     heads: Mapping[str, int]
+    held: Mapping[str, int]
+
+    @property
+    def entries(self) -> int:
+        """Of all KV heads."""
+        return sum(self.held.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The figures of one policy on one model. Bytes are of the whole batch; `exact` is False for upper bounds."""
+    """The figures of one policy on one model. Bytes are of the whole batch.
+
+    `exact` is False where footprint and peak are upper bounds, `exact_entries` where entries and bytes at the end are.
+    """
 
     plan: PolicyPlan
     prompt: int
@@ -60,12 +57,14 @@ class Explanation:
     footprint: float
     peak: float
     exact: bool
+    exact_entries: bool
     bytes: int
     bytes_peak: int
     bytes_full: int
     ceiling: float
-    step_seconds: float | None  # of reading weights and cache once, on the GPU asked for
     gpu: str | None
+    step_seconds: float | None  # of a decode step at best, on the GPU asked for
+    step_seconds_full: float | None  # the same of the untouched cache
     diagnostics: tuple[Diagnostic, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,23 +74,25 @@ class Explanation:
             "prompt": self.prompt,
             "generate": self.generate,
             "batch": self.batch,
-            "classes": {c.name: {"heads": c.heads, "keep": c.keep, "cost": c.cost} for c in self.classes},
+            "classes": {c.name: c.to_dict() for c in self.classes},
             "layers": len(self.layers),
-            "by_layer": [{"entries": x.entries, "heads": dict(x.heads)} for x in self.layers],
+            "by_layer": [{"entries": x.entries, "heads": dict(x.heads), "held": dict(x.held)} for x in self.layers],
             "footprint": self.footprint,
             "peak": self.peak,
             "exact": self.exact,
+            "exact_entries": self.exact_entries,
             "bytes": self.bytes,
             "bytes_peak": self.bytes_peak,
             "bytes_full": self.bytes_full,
             "ceiling": self.ceiling,
         }
         if self.gpu is not None:
-            out |= {"gpu": self.gpu, "step_seconds": self.step_seconds}
+            out |= {"gpu": self.gpu, "step_seconds": self.step_seconds, "step_seconds_full": self.step_seconds_full}
         return out
 
     def __str__(self) -> str:
         facts, about = self.plan.facts, "" if self.exact else " (upper bound)"
+        most = "" if self.exact_entries else "at most "
         lines = [
             f"policy      {self.plan.name} on {facts.family or 'a model'}: {facts.layers} layers, "
             f"{facts.kv_heads} KV heads of {facts.head_dim} channels, {facts.dtype}",
@@ -99,24 +100,38 @@ class Explanation:
             + (f", prompt in pieces of {self.plan.chunk}" if self.plan.chunk else ""),
         ]
         for part in self.classes:
-            lines += [f"class       {part.name}: {part.heads} KV heads", f"{'':12}{part.keep}", f"{'':12}{part.cost}"]
+            first, *more = part.lines()
+            lines += [f"class       {first}", *(f"{'':12}{line}" for line in more)]
         lines += [
             f"footprint   {self.footprint:.7f}{about}",
             f"peak        {self.peak:.7f}{about}",
-            f"entries     {self._entries()}",
-            f"bytes       {_size(self.bytes)} at the end, {_size(self.bytes_peak)} at the peak, "
+            *(f"{label:<12}{line}" for label, line in self._entries()),
+            f"bytes       {most}{_size(self.bytes)} at the end, {_size(self.bytes_peak)} at the peak, "
             f"{_size(self.bytes_full)} untouched",
             f"ceiling     a decode step at most {self.ceiling:.2f} times as fast, by memory traffic",
         ]
-        if self.step_seconds is not None:
-            lines.append(f"{self.gpu:<12}a decode step reads its memory in {self.step_seconds * 1e3:.2f} ms at best")
+        if self.step_seconds is not None and self.step_seconds_full is not None:
+            lines.append(
+                f"{self.gpu:<12}a decode step takes {self.step_seconds * 1e3:.2f} ms at best, untouched "
+                f"{self.step_seconds_full * 1e3:.2f} ms: {self.step_seconds_full / self.step_seconds:.2f} times as fast"
+            )
         return "\n".join(lines)
 
-    def _entries(self) -> str:
-        each = [x.entries for x in self.layers]
-        if len(set(each)) == 1:
-            return f"{each[0]} a layer"
-        return f"{min(each)} to {max(each)} a layer: " + " ".join(str(n) for n in each)
+    def _entries(self) -> list[tuple[str, str]]:
+        """Layers that hold the same, a line for each run of them: what each class's KV heads hold together."""
+        runs: list[tuple[LayerFacts, int]] = []
+        for layer in self.layers:
+            if runs and (runs[-1][0].held, runs[-1][0].heads) == (layer.held, layer.heads):
+                runs[-1] = runs[-1][0], layer.layer
+            else:
+                runs.append((layer, layer.layer))
+        out: list[tuple[str, str]] = []
+        for first, last in runs:
+            where = f"layer {last}" if first.layer == last else f"layers {first.layer}..{last}"
+            most = "" if self.exact_entries else "at most "
+            each = ", ".join(f"{most}{n} in {first.heads[name]} heads of {name}" for name, n in first.held.items())
+            out.append(("entries" if not out else "", f"{where}: {each}"))
+        return out
 
 
 def explain(
@@ -140,6 +155,7 @@ def explain(
     for label, value, least in (("prompt", prompt, 1), ("generate", generate, 0), ("batch", batch, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise KvCompileError(f"{label}={value!r}: give a whole number of at least {least}")
+    device = gpu_facts(gpu) if gpu is not None else None
     facts = model_facts(model_or_config)
     compiled = compile_policy(policy, facts, name=name, tables=tables, **params)
     plan = compiled.plan
@@ -147,31 +163,41 @@ def explain(
     spent: Footprint = footprint(plan, prompt, generate)
     memory: Held = held(plan, prompt, generate, paged=in_pages)
     full = (prompt + generate) * facts.layers * facts.kv_heads * facts.entry_bytes * batch
-    read = facts.weight_bytes + batch * sum(memory.entries) * facts.entry_bytes
+    read = facts.weight_bytes + batch * memory.entries * facts.entry_bytes
+    everything = (prompt + generate) * facts.layers * facts.kv_heads
     return Explanation(
         plan=plan,
         prompt=prompt,
         generate=generate,
         batch=batch,
-        classes=tuple(
-            ClassFacts(cls.name, plan.class_size(index), _keep_text(cls, compiled.resolved), COSTS[_cost(plan, cls)])
-            for index, cls in enumerate(plan.classes)
-        ),
-        layers=tuple(
-            LayerFacts(layer, memory.entries[layer], {plan.classes[c].name: len(plan.heads(layer, c)) for c in classes})
-            for layer in range(facts.layers)
-            for classes in (plan.site_classes(layer),)
-        ),
+        classes=class_facts(compiled.resolved, plan, prompt, generate),
+        layers=_layers(plan, memory),
         footprint=spent.footprint,
         peak=spent.peak,
         exact=spent.exact,
-        bytes=batch * memory.bytes,
-        bytes_peak=batch * memory.bytes_peak,
+        exact_entries=memory.exact,
+        bytes=batch * memory.bytes + memory.tables,
+        bytes_peak=batch * memory.bytes_peak + memory.tables,
         bytes_full=full,
         ceiling=(facts.weight_bytes + full) / read if read else 1.0,
-        step_seconds=_step_seconds(gpu, read),
-        gpu=gpu,
+        gpu=device.name if device is not None else None,
+        step_seconds=_step(facts, memory.entries, batch).seconds(device) if device is not None else None,
+        step_seconds_full=_step(facts, everything, batch).seconds(device) if device is not None else None,
         diagnostics=compiled.diagnostics,
+    )
+
+
+def _layers(plan: PolicyPlan, memory: Held) -> tuple[LayerFacts, ...]:
+    """Heads and entries by layer and class; classes in the plan's order."""
+    owners = [i for i, cls in enumerate(plan.classes) if cls.rows_of is None]
+    found: list[dict[str, int]] = [{} for _ in range(plan.facts.layers)]
+    for group, by_layer in memory.groups:
+        name = next(plan.classes[rule].name for rule in group.rules if rule in owners)
+        for layer, entries in zip(group.layers, by_layer, strict=True):
+            found[layer][name] = found[layer].get(name, 0) + entries
+    return tuple(
+        LayerFacts(layer, {plan.classes[i].name: n for i in owners if (n := len(plan.heads(layer, i)))}, by_class)
+        for layer, by_class in enumerate(found)
     )
 
 
@@ -181,46 +207,12 @@ def _on_cpu(source: Any) -> bool:
     return str(next(source.parameters()).device.type) == "cpu"
 
 
-def _keep_text(cls: ClassPlan, resolved: Resolved) -> str:
-    """The clause as written, parameters filled in."""
-    keeps = resolved.of(ast.Keep)
-    for placed in keeps:
-        if class_name(placed, keeps) == cls.name and not cls.keeps_all:
-            when = f" at {', '.join(text(trigger) for trigger in placed.triggers)}" if placed.triggers else ""
-            return text(placed.clause) + when
-    return "keep all"
-
-
-def _cost(plan: PolicyPlan, cls: ClassPlan) -> str:
-    """The dearest source of the scores of a class, as a class of `COSTS`."""
-    kinds = {"position"}
-    todo = [node for term in cls.selections for node in term.score.walk()]
-    for name in cls.states:
-        add = plan.state(name).add
-        if add is not None and any(node.op == "evidence" for node in add.walk()):
-            kinds.add("everything")
-    in_prefill = cls.fires_on("prefill.end") or cls.fires_on("chunk")
-    for node in todo:
-        match node.op, node.value:
-            case "evidence", (_, QuerySource(kind="forward")):
-                kinds.add("everything" if in_prefill else "logits")
-            case "evidence", _:
-                kinds.add("queries")
-            case "field", "k" | "v" | "next.k" | "next.v":
-                kinds.add("entries")
-            case "landmark", _:
-                kinds.add("entries")
-            case _:
-                pass
-    return max(kinds, key=_COST_ORDER.index)
-
-
-def _step_seconds(gpu: str | None, read: int) -> float | None:
-    if gpu is None:
-        return None
-    from kvcompile.kernels.gpus import gpu as facts_of
-
-    return read / facts_of(gpu).bandwidth
+def _step(facts: ModelFacts, entries: int, batch: int) -> Traffic:
+    """A decode step at its best: weights and cache are read once, and multiplied once for each query."""
+    cache = batch * entries * facts.entry_bytes
+    weights = facts.weight_bytes // (facts.entry_bytes // (2 * facts.head_dim))
+    products = batch * (2 * weights + 4 * entries * facts.head_dim * facts.group)
+    return Traffic((("weights", facts.weight_bytes), ("cache", cache)), launches=0, operations=products)
 
 
 def _size(count: float) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.passes.residents import exact, forwards, groups
+from kvcompile.passes.residents import forwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,13 @@ def footprint(plan: PolicyPlan, prompt: int, generate: int = 0) -> Footprint:
     """The footprint of a prompt of `prompt` tokens and `generate` decode forwards. ValueError for an empty prompt."""
     if prompt < 1 or generate < 0:
         raise ValueError(f"a prompt of {prompt} tokens with {generate} steps has no footprint")
-    parts = groups(plan, prompt)
-    rows = [len(group.layers) * group.heads for group in parts]
-    everywhere = sum(rows)
+    everywhere = plan.facts.layers * plan.facts.kv_heads
     area = peak = 0
+    exact = known = True
     for forward in forwards(plan, prompt, generate):
-        n = forward.tokens + forward.peeked
-        resident = sum(len(g.layers) * total for g, total in zip(parts, forward.before, strict=True))
+        n, resident = forward.tokens + forward.peeked, sum(forward.before)
         area += everywhere * (n * (n + 1) // 2) + n * resident
         peak = max(peak, resident + everywhere * n)
+        exact, known = known, forward.exact  # what the latest forward leaves is not read any more
     total = prompt + generate
-    return Footprint(area / (everywhere * (total * (total + 1) // 2)), peak / (everywhere * total), exact(plan))
+    return Footprint(area / (everywhere * (total * (total + 1) // 2)), peak / (everywhere * total), exact)

@@ -2,7 +2,7 @@
 
 Takes a plan, a prompt length and decode forwards; gives `Held` for one sequence: entries by layer and bytes at the
 end, and the largest sum of held entries and fresh keys and values. Guarantees: an entry counts with its position,
-frozen mark and states; rows are rounded up to pages, or to extents on the CPU.
+frozen mark and states, hidden ones too; rows are rounded up to pages, or to extents on the CPU.
 """
 
 from __future__ import annotations
@@ -12,80 +12,112 @@ from dataclasses import dataclass
 
 from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.passes.residents import Group, forwards, groups
+from kvcompile.passes.groups import Group, groups
+from kvcompile.passes.residents import forwards
 
 _MARKS = 4 + 1  # int32 position, frozen mark
+_LEAST_PLACES = 256  # of tables that grow with the sequence, by doubling
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One sequence. `entries`: of all KV heads of each layer at the end; bytes with rounding, positions and states."""
+    """One sequence. groups: what each holds at the end, by its layers; bytes with rounding, positions and states;
+    `tables` are bytes that stand once for all sequences; `exact` is False where entries are upper bounds."""
 
-    entries: tuple[int, ...]
+    groups: tuple[tuple[Group, tuple[int, ...]], ...]
     bytes: int
     bytes_peak: int
+    tables: int
+    exact: bool
+
+    @property
+    def entries(self) -> int:
+        """Of all layers and KV heads."""
+        return sum(sum(by_layer) for _, by_layer in self.groups)
 
 
 def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
     """What one sequence of `prompt` tokens and `generate` decode forwards holds at the end and at its peak.
 
-    Room for a whole prefill is taken before its first piece, so what its last piece leaves stands beside every piece.
+    Room for a whole prefill is taken before its first piece, so each row's most stands beside every piece.
     """
-    parts = groups(plan, prompt)
+    pools = _Pools(plan, groups(plan, prompt), paged)
     facts = plan.facts
     slot = facts.entry_bytes + _MARKS + 4 * len(plan.states)
-    totals: Sequence[int] = tuple(0 for _ in parts)
-    steps = piece = most = 0
+    totals = tops = tuple(0 for _ in pools.groups)
+    steps = piece = most = seen = 0
+    exact = True
     for forward in forwards(plan, prompt, generate):
         fresh = (forward.tokens + forward.peeked) * facts.kv_heads * facts.entry_bytes
-        totals = forward.after
-        if forward.phase == "step":  # the evictions of all layers wait for the last one
-            before = [total + group.heads for total, group in zip(forward.before, parts, strict=True)]
-            held_now = max(_slots(plan, parts, before, paged), _slots(plan, parts, totals, paged))
-            moving = _largest_pool(plan, parts, totals, paged) if held_now > most else 0
-            steps = max(steps, held_now * slot + max(fresh, moving * slot))
+        seen += forward.tokens
+        totals, exact = forward.after, forward.exact
+        if forward.phase != "step":
+            piece = max(piece, fresh)
+            tops = tuple(max(some) for some in zip(tops, forward.peak, totals, strict=True))
+            most = sum(pools.reserved(tops, seen + 1))
             continue
-        piece = max(piece, fresh)
-        most = max(most, _slots(plan, parts, forward.before, paged), _slots(plan, parts, totals, paged))
-    peak = max(steps, most * slot + piece)
-    by_layer = [0] * facts.layers
-    for group, total in zip(parts, totals, strict=True):
-        for layer in group.layers:
-            by_layer[layer] += total
-    ring = _ring_bytes(plan)
-    return Held(tuple(by_layer), _slots(plan, parts, totals, paged) * slot + ring, peak + ring)
+        # The evictions of all layers wait for the last one.
+        now = max(pools.resident(forward.peak), pools.resident(totals))
+        moving = pools.moving(forward.peak, seen + 1) if now > most else 0
+        steps = max(steps, now * slot + max(fresh, moving * slot))
+    places = max(_LEAST_PLACES, 1 << (seen + plan.peek).bit_length())
+    beside = _beside(plan, places)
+    by_layer = tuple((g, tuple(g.share_of(total))) for g, total in zip(pools.groups, totals, strict=True))
+    peak = max(steps, most * slot + piece) + beside
+    tables = plan.rotates * 2 * 4 * facts.head_dim * places  # cosine and sine, float32
+    return Held(by_layer, pools.resident(totals) * slot + beside, peak, tables, exact)
 
 
-def _ring_bytes(plan: PolicyPlan) -> int:
-    """The newest queries that scores may ask for, kept over pieces and turns."""
+def _beside(plan: PolicyPlan, places: int) -> int:
+    """The newest queries that scores may ask for, numbers of rows, and choices for later layers."""
     facts = plan.facts
-    return facts.layers * facts.q_heads * plan.ring * facts.entry_bytes // 2
+    ring = facts.layers * facts.q_heads * plan.ring * facts.entry_bytes // 2
+    numbers = 4 * plan.scalars * facts.layers * facts.kv_heads
+    return ring + numbers + plan.picks * facts.kv_heads * places
 
 
-def _slots(plan: PolicyPlan, parts: Sequence[Group], totals: Sequence[int], paged: bool) -> int:
-    return sum(
-        len(group.layers) * _rounded(plan, group, total, paged)
-        for group, total in zip(parts, totals, strict=True)
-        if total
-    )
+@dataclass(frozen=True, slots=True)
+class _Pools:
+    """Slots that rows take in one layout, from the totals of their groups."""
 
+    plan: PolicyPlan
+    groups: tuple[Group, ...]
+    paged: bool
 
-def _largest_pool(plan: PolicyPlan, parts: Sequence[Group], totals: Sequence[int], paged: bool) -> int:
-    """Slots that stand twice while a pool grows: the one pool of all pages, or a layer's pool of extents."""
-    if paged:
-        return _slots(plan, parts, totals, paged)
-    by_layer = [0] * plan.facts.layers
-    for group, total in zip(parts, totals, strict=True):
-        for layer in group.layers:
-            by_layer[layer] += _rounded(plan, group, total, paged) if total else 0
-    return max(by_layer)
+    def resident(self, totals: Sequence[int]) -> int:
+        """Slots of rows that hold so much, spread evenly."""
+        return sum(self._spread(group, total) for group, total in zip(self.groups, totals, strict=True))
 
+    def reserved(self, totals: Sequence[int], longest: int) -> list[int]:
+        """Slots of each layer that rows of such totals, none longer than `longest`, may need.
 
-def _rounded(plan: PolicyPlan, group: Group, total: int, paged: bool) -> int:
-    """Slots of a layer's rows of one group, spread evenly; competing heads come out uneven and round up more."""
-    longer = total % group.heads
-    lengths = ((total // group.heads + 1, longer), (total // group.heads, group.heads - longer))
-    spare = any(term.scope == "across" for term in plan.classes[group.cls].selections)
-    if paged:
-        return sum((-(-length // plan.page) + spare) * plan.page * rows for length, rows in lengths)
-    return sum(extent(length + spare * SLACK) * rows for length, rows in lengths)
+        With pages, which all layers share, each layer has its part of what it needs together with others.
+        """
+        by_layer = [0] * self.plan.facts.layers
+        for group, total in zip(self.groups, totals, strict=True):
+            if group.pooled and not self.paged:
+                for layer, member in zip(group.layers, group.members, strict=True):
+                    by_layer[layer] += self._rows(min(total, member.rows * longest), member.rows, True)
+                continue
+            for layer, slots in zip(group.layers, group.share_of(self._spread(group, total)), strict=True):
+                by_layer[layer] += slots
+        return by_layer
+
+    def moving(self, totals: Sequence[int], longest: int) -> int:
+        """Slots that stand twice while a pool grows: the one pool of all pages, or a layer's pool of extents."""
+        by_layer = self.reserved(totals, longest)
+        return sum(by_layer) if self.paged else max(by_layer)
+
+    def _spread(self, group: Group, total: int) -> int:
+        return group.times * self._rows(total // group.times, group.rows, group.competes)
+
+    def _rows(self, total: int, rows: int, uneven: bool) -> int:
+        """Slots of rows that hold `total` together, spread evenly; competing rows come out uneven, round up more."""
+        if not total:
+            return 0
+        longer = total % rows
+        lengths = ((total // rows + 1, longer), (total // rows, rows - longer))
+        if self.paged:
+            page = self.plan.page
+            return sum((-(-length // page) + uneven) * page * n for length, n in lengths)
+        return sum(extent(length + uneven * SLACK) * n for length, n in lengths)

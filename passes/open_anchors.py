@@ -2,7 +2,8 @@
 
 Takes a Dynamo graph with `kvc::anchor_v1` nodes of one phase; gives the same graph where no anchor is
 left: attention, state updates, then one insert or eviction per head class. In a decode step evictions
-leave the layer's graph altogether: `gathered_evictions` is the one launch after the last layer.
+leave the layer's graph altogether: `gathered_evictions` is the one launch after the last layer. What needs all
+layers (`kvc::evict_span_v1`) is in no graph.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class OpenAnchors:
         else:
             out = emit(_ops.attend_prefill_v1.default, q, k, v, store, scale, site)
             state = emit(_ops.observe_v2.default, q, k, v, store, scale, site) if plan.states else None
-            for cls in range(len(plan.classes)):
-                if ops.fires_in(plan, cls, phase):
+            for cls, judges in ops.stages(plan, phase):
+                if judges:
                     emit(_ops.evict_prefill_v1.default, q, k, v, state, store, scale, cls, site)
                 else:
                     emit(_ops.insert_v1.default, k, v, state, store, cls, site)

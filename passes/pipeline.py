@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from xdsl.dialects.builtin import ModuleOp
 
-from kvcompile.dsl import Diagnostic, PolicyError, Resolved, check, load, resolve
+from kvcompile.dsl import Diagnostic, PolicyError, Resolved, ast, check, load, resolve
+from kvcompile.dsl.load import Loaded
 from kvcompile.dsl.lower import lower
 from kvcompile.dsl.module import Places, to_text, verify
 from kvcompile.dsl.printer import canonical
@@ -27,6 +28,7 @@ from kvcompile.passes.context import Context
 from kvcompile.passes.freeze import freeze
 from kvcompile.passes.memory import Memory
 from kvcompile.passes.schedule import Schedule
+from kvcompile.passes.tables import probe_key
 
 
 class Pass(Protocol):
@@ -45,13 +47,15 @@ After = Callable[[str, ModuleOp, Places, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A policy bound to a model. `modules` holds MLIR text by pass, "lower" first; `seconds` the time of each."""
+    """A policy bound to a model. `modules` holds MLIR text by pass, "lower" first; `seconds` the time of each;
+    `learned` the file of every trained score, by its name in the plan."""
 
     plan: PolicyPlan
     modules: Mapping[str, str]
     resolved: Resolved
     diagnostics: tuple[Diagnostic, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    learned: tuple[tuple[str, Path], ...] = ()
 
 
 def compile_policy(
@@ -60,17 +64,21 @@ def compile_policy(
     *,
     name: str | None = None,
     tables: Mapping[str, str | os.PathLike[str]] | None = None,
+    probes: Mapping[str, Sequence[Sequence[float]]] | None = None,
     base: str | os.PathLike[str] | None = None,
     dump: str | os.PathLike[str] | None = None,
     **params: object,
 ) -> Compiled:
     """Compile a policy for a model.
 
-    policy, name, params: as in `optimize`. tables: head class -> path of its table; relative paths count from the
-    working folder. base: the folder that paths in the policy count from, instead of its own. dump: a folder for the
-    text after each pass; without it the variable KVC_DUMP. PolicyError for everything that is wrong with the policy.
+    policy, name, params: as in `optimize`. tables: head class, share or state -> path of its table or weights;
+    relative paths count from the working folder. probes: what probes measured, [layer][kv head], by `probes_of`; heads
+    of a probe that is missing are a guess, with a warning. base: the folder that paths in the policy count from,
+    instead of its own. dump: a folder for the text after each pass; without it the variable KVC_DUMP. PolicyError for
+    everything that is wrong with the policy.
     """
-    resolved = resolve(load(policy, name, base), params)
+    loaded = load(policy, name, base)
+    resolved = resolve(loaded, params)
     findings = (*resolved.findings, *(d for d in check(resolved) if d not in resolved.findings))
     if any(finding.severity == "error" for finding in findings):
         raise PolicyError(*(finding for finding in findings if finding.severity == "error"))
@@ -80,7 +88,8 @@ def compile_policy(
         facts,
         lowered.places,
         {head: Path(path) for head, path in (tables or {}).items()},
-        {head.decl.name: head.base for head in resolved.heads},
+        _bases(loaded, resolved),
+        probes or {},
     )
     texts: dict[str, str] = {}
     seconds: dict[str, float] = {}
@@ -98,7 +107,36 @@ def compile_policy(
     after("lower", lowered.module, lowered.places, time.perf_counter() - start)
     run(lowered.module, context, after=after)
     plan = freeze(lowered.module, facts, tuple((key, canonical(value)) for key, value in resolved.params))
-    return Compiled(plan, texts, resolved, (*findings, *context.findings), seconds)
+    learned = tuple(context.learned.items())
+    return Compiled(plan, texts, resolved, (*findings, *context.findings), seconds, learned)
+
+
+def probes_of(resolved: Resolved) -> dict[str, tuple[str, int | None]]:
+    """The measurements that a policy's head classes ask for: key -> (what, tokens, None for the usual number)."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for head in resolved.heads:
+        for source in head.decl.sources:
+            match source:
+                case ast.Call(fn="probe", args=(ast.Text() as what, *_)):
+                    tokens = source.get("tokens")
+                    number = int(tokens.value) if isinstance(tokens, ast.Number) else None
+                    found[probe_key(what.value, number)] = what.value, number
+    return found
+
+
+def _bases(loaded: Loaded, resolved: Resolved) -> dict[str, Path | None]:
+    """The folder that each name's path counts from; None for names of a library file."""
+    found = {head.decl.name: head.base for head in resolved.heads}
+    for placed in resolved.of(ast.Share, ast.State, ast.On):
+        own = loaded.base if placed.clause.span.source == loaded.file.source else None
+        match placed.clause:
+            case ast.Share(name=name):
+                found[name] = own
+            case ast.State(assigns=assigns):
+                found |= {assign.name: own for assign in assigns}
+            case ast.On(updates=updates):
+                found |= {update.name: own for update in updates}
+    return found
 
 
 def run(module: ModuleOp, context: Context, passes: tuple[Pass, ...] = PIPELINE, after: After | None = None) -> None:

@@ -1,272 +1,184 @@
-"""How many entries a policy keeps, forward by forward, without running it.
+"""How many entries a policy keeps, forward by forward, without running it: the one place that counts them.
 
-Takes a plan, a prompt length and a number of steps; gives `Forward`s with resident totals per group of rows.
-Guarantees: exact for every static plan (`exact(plan)`), else an upper bound, but for `full(n)` where heads compete
-(an estimate); time is linear in forwards, whatever the prompt's length.
+Takes a plan, a prompt length and a number of steps; gives `Forward`s with totals per group of rows, or walks rows
+that already hold something (`Rows`, for what the run time reserves). Guarantees: never less than is really held, and
+exactly that where `exact` says so; time is linear in forwards, whatever the prompt's length.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvcompile.kernels.counts import count_value, layer_shares, scalars_of
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, Trigger, UnitPlan
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
+from kvcompile.passes.counting import Event, State, full_units, ready_units
+from kvcompile.passes.decisions import decide, winners
+from kvcompile.passes.groups import Group, groups
+from kvcompile.passes.limits import holds
 
 # Why counting needs no scores: a region never takes an entry back that it once let go (`sink` and `prompt` never
-# change, `recent` and `newest` only move on), so its members are all still resident, and each selection keeps
-# min(n, candidates). Frozen entries were candidates once, so no other region holds them.
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The rows of one class in layers with equal counts: `heads` rows a layer."""
-
-    cls: int
-    layers: tuple[int, ...]
-    heads: int
-    parts: tuple[int, ...]  # by share index: the layer's part
+# change, `recent` and `newest` only move on, from `random` positions only leave), so its members are all still
+# resident, and each selection keeps min(n, candidates). Frozen entries were candidates once, so no other region holds
+# them. Where that fails (counts that move, rules with different regions over the same rows) the sum is a bound.
+# Why a bound can be carried on: a rule never leaves less of a longer row. Only `full(n)` does, and says so.
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward: new and peeked tokens, phase, and the resident total of a layer's rows of each group."""
+    """One forward: new and peeked tokens, phase, and the totals of each group over all its rows and layers.
+
+    `peak` is the most that stands in the rows at once: where a piece is inserted before it is judged, all of it.
+    `exact` is False from the first forward on whose totals are bounds.
+    """
 
     tokens: int
     peeked: int
     phase: str  # chunk, prefill.end, step
     before: tuple[int, ...]
+    peak: tuple[int, ...]
     after: tuple[int, ...]
-
-
-def groups(plan: PolicyPlan, prompt: int) -> tuple[Group, ...]:
-    """Layers of a class that have as many heads and equal parts of every share."""
-    shares = layer_shares(plan, {"prompt": prompt}, {})
-    found: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
-    for layer in range(plan.facts.layers):
-        parts = tuple(share[layer] for share in shares)
-        for cls in plan.site_classes(layer):
-            found.setdefault((cls, len(plan.heads(layer, cls)), parts), []).append(layer)
-    return tuple(Group(cls, tuple(layers), heads, parts) for (cls, heads, parts), layers in found.items())
-
-
-def exact(plan: PolicyPlan) -> bool:
-    """Whether `forwards` counts exactly, not only from above."""
-    return all(_exact_class(plan, cls) for cls in plan.classes if not cls.keeps_all)
-
-
-def _exact_class(plan: PolicyPlan, cls: ClassPlan) -> bool:
-    regions = [t for t in cls.keep if isinstance(t, Region)]
-    moving = any(scalars_of(plan.counts[t.count]) - {"prompt"} for t in regions if t.count is not None)
-    frozen = any(t.kind == "frozen" for t in regions)
-    rejudged = any(t.observed for t in cls.selections) and not frozen
-    mixed = len({t.unit for t in cls.selections}) > 1
-    # Rows of unequal lengths: what each row does by itself no longer follows from their sum.
-    alone = any(t.scope != "across" or t.count is None for t in cls.selections)
-    alone |= any(t.kind == "full" for t in cls.triggers)
-    uneven = _competing(cls) and alone
-    return not (moving or rejudged or mixed or uneven or any(t.kind == "random" for t in regions))
-
-
-def _competing(cls: ClassPlan) -> bool:
-    return any(term.scope == "across" for term in cls.selections)
+    exact: bool
 
 
 def forwards(plan: PolicyPlan, prompt: int, steps: int) -> Iterator[Forward]:
-    """The forwards of one prompt and `steps` decode steps."""
-    rows = [_Rows(plan, group, prompt) for group in groups(plan, prompt)]
+    """The forwards of one prompt and `steps` decode steps; totals in the order of `groups(plan, prompt)`."""
+    rows = [Rows(plan, group, prompt) for group in groups(plan, prompt)]
     size = plan.chunk or prompt
     pieces = [min(size, prompt - start) for start in range(0, prompt, size)] if prompt else []
     for index, tokens in enumerate(pieces):
         last = index + 1 == len(pieces)
         peeked = 0 if last else min(plan.peek, prompt)
-        before = tuple(row.total for row in rows)
-        phase = "prefill.end" if last else "chunk"
-        for row in rows:
-            row.forward(tokens, phase, 0)
-        yield Forward(tokens, peeked, phase, before, tuple(row.total for row in rows))
+        yield _forward(rows, tokens, peeked, "prefill.end" if last else "chunk", 0)
     for step in range(1, steps + 1):
-        before = tuple(row.total for row in rows)
-        for row in rows:
-            row.forward(1, "step", step)
-        yield Forward(1, 0, "step", before, tuple(row.total for row in rows))
+        yield _forward(rows, 1, 0, "step", step)
+
+
+def _forward(rows: Sequence[Rows], tokens: int, peeked: int, phase: str, step: int) -> Forward:
+    before = tuple(row.held * row.group.times for row in rows)
+    advance(rows, tokens, phase, step)
+    peak = tuple(row.peak * row.group.times for row in rows)
+    after = tuple(row.held * row.group.times for row in rows)
+    return Forward(tokens, peeked, phase, before, peak, after, all(row.exact for row in rows))
+
+
+def advance(rows: Sequence[Rows], tokens: int, phase: str, step: int) -> None:
+    """One forward of all rows of a sequence: first what later layers pick up, then what is kept."""
+    for row in rows:
+        row.insert(Event(tokens, phase, step))
+        row.judge(Event(tokens, phase, step), only_picks=True)
+    picks: dict[int, int] = {}
+    for row in rows:
+        for pick, n in row.picked.items():
+            picks[pick] = max(n, picks.get(pick, 0))
+    for row in rows:
+        row.judge(Event(tokens, phase, step, picks), only_picks=False)
+        row.peak = max(row.peak, row.held)
 
 
 @dataclass(slots=True)
-class _Rows:
-    """The rows of one group in one layer. Numbers of entries are totals over its heads, positions are per row."""
+class Rows(State):
+    """Rows that are counted as one, with what their rules remember."""
 
-    plan: PolicyPlan
-    group: Group
-    prompt: int
-    total: int = 0
-    seen: int = 0  # tokens so far: now + 1
-    frozen: int = 0
-    judged: int = 0  # units judged so far
-    arrived: int = 0  # entries since `filled(n)` last fired
-    units: list[tuple[int, int]] = field(default_factory=list)  # residents and frozen ones of each unit, per row
+    arrived: dict[int, int] = field(default_factory=dict)  # by rule: entries since it last decided
+    judged: dict[tuple[int, str], int] = field(default_factory=dict)  # by rule and unit: units that had their turn
+    picked: dict[int, int] = field(default_factory=dict)  # by slot: most positions that a row has put there
+    fired: dict[int, list[tuple[Trigger, bool]]] = field(default_factory=dict)  # in this forward; False: in some rows
+    doubtful: set[int] = field(default_factory=set)  # rules of which it is not known when they last decided
+    peak: int = 0  # most entries at once in the latest forward
 
-    @property
-    def cls(self) -> ClassPlan:
-        return self.plan.classes[self.group.cls]
+    @classmethod
+    def holding(
+        cls, plan: PolicyPlan, group: Group, prompt: int, seen: int, total: int,
+        arrived: Mapping[int, int], judged: Mapping[tuple[int, str], int],
+    ) -> Rows:  # fmt: skip
+        """Rows that hold `total` entries of `seen` positions already, nobody knows which; any may be frozen."""
+        if not seen:
+            return cls(plan, group, prompt)
+        slots = [term.pick for rule in group.rules for term in plan.classes[rule].selections]
+        return cls(
+            plan, group, prompt, seen, total, frozen=total, exact=False, even=group.rows == 1, first=seen, lump=total,
+            arrived=dict(arrived), judged=dict(judged), picked={pick: seen for pick in slots if pick is not None},
+        )  # fmt: skip
 
-    def forward(self, tokens: int, phase: str, step: int) -> None:
-        self.total += tokens * self.group.heads
-        self.seen += tokens
-        self.arrived += tokens
-        if not self.cls.keeps_all and any(self._fires(trigger, phase, step) for trigger in self.cls.triggers):
-            self._decide(tokens, phase, step)
+    def insert(self, event: Event) -> None:
+        """New entries come in, and may set triggers off.
 
-    def _fires(self, trigger: Trigger, phase: str, step: int) -> bool:
+        A step's stand in the rows before they are judged, a piece's where the rules need it.
+        """
+        rules = self.group.rules
+        self.peak = self.held
+        self.total += event.tokens * self.rows
+        self.seen += event.tokens
+        for rule in rules:
+            self.arrived[rule] = self.arrived.get(rule, 0) + event.tokens
+            found = [(t, self._fires(rule, t, event)) for t in self.plan.classes[rule].triggers]
+            self.fired[rule] = [(t, bool(yes)) for t, yes in found if yes is not False]
+        in_place = len(rules) > 1 or any(self.plan.classes[rule].moves or self.plan.spans(rule) for rule in rules)
+        if event.phase == "step" or in_place:
+            self.peak = self.held
+
+    def judge(self, event: Event, *, only_picks: bool) -> None:
+        """The rules that fire decide, one after the other: those that only pick, or those that keep.
+
+        Those that wait for the last layer come after the others.
+        """
+        for rule in sorted(self.group.rules, key=self.plan.spans):
+            cls = self.plan.classes[rule]
+            if cls.only_picks == only_picks and not cls.keeps_all:
+                self._judge(rule, cls, event)
+
+    def _judge(self, rule: int, cls: ClassPlan, event: Event) -> None:
+        fired = self.fired[rule]
+        scalars = self.scalars(event)
+        said = [(t, yes, True if t.cond is None else holds(t.cond, scalars)) for t, yes in fired]
+        hold = [(t, yes and cond is True) for t, yes, cond in said if cond is not False]
+        if hold:
+            self._decide(cls, event, [] if any(sure for _, sure in hold) else [t for t, _ in hold])
+        if any(yes for _, yes in fired):  # whatever its conditions say
+            self.arrived[rule] = 0
+            for name in {t.unit for t in cls.triggers if t.unit}:
+                self.judged[rule, name] = ready_units(cls, self.plan.unit(name), self.seen)
+        elif fired:
+            self.doubtful.add(rule)
+
+    def _fires(self, rule: int, trigger: Trigger, event: Event) -> bool | None:
+        """Whether a trigger fires; None: in some rows it may."""
         n = trigger.n or 0
         match trigger.kind:
             case "chunk":
-                return phase in ("chunk", "prefill.end")
+                return event.phase in ("chunk", "prefill.end")
             case "every":
-                return phase == "step" and step % n == 0
+                return event.phase == "step" and event.step % n == 0
+            case "when":
+                return True
+            case "full" if self.exact and self.even:
+                return self.held >= n * self.rows
             case "full":
-                return self.total >= n * self.group.heads
+                return None if self.held >= n else False
+            case "filled" if rule in self.doubtful:
+                return None
             case "filled" if trigger.unit is None:
-                return self.arrived >= n
+                return self.arrived[rule] >= n
             case "filled":
                 assert trigger.unit is not None
-                return full_units(self.plan.unit(trigger.unit), self.seen) - self.judged >= n
+                done = self.judged.get((rule, trigger.unit), 0)
+                return full_units(self.plan.unit(trigger.unit), self.seen) - done >= n
             case kind:
-                return kind == phase
+                return kind == event.phase
 
-    def _decide(self, tokens: int, phase: str, step: int) -> None:
-        heads = self.group.heads
-        length = -(-self.total // heads)
-        scalars = {"prompt": self.prompt, "now": self.seen - 1, "chunk": tokens, "step": step, "len": length}
-        counts = [count_value(count, scalars, self.group.parts) for count in self.plan.counts]
-        cover = _Cover(self.plan, self.cls, counts, self.seen, self.prompt)
-        units = {term.unit for term in self.cls.selections}
-        if len(units) == 1 and (name := units.pop()) is not None:
-            self._decide_units(self.plan.unit(name), counts, cover)
-        else:
-            self._decide_rows(counts, cover, tokens, phase)
-        self.judged = max([self.judged, *(self._ready(self.plan.unit(t.unit)) for t in self.cls.triggers if t.unit)])
-        self.arrived = 0
-
-    def _decide_rows(self, counts: list[int], cover: _Cover, tokens: int, phase: str) -> None:
-        heads = self.group.heads
-        held = cover.frozen * self.frozen
-        held = min(self.total, held + heads * cover.count(0, self.seen))
-        open_ = self.total - held
-        won = 0
-        for term in self.cls.selections:
-            if term.unit is not None:  # beside other selections: bounded by keeping all of it
-                won += open_
-                break
-            watched = 0
-            if term.observed and phase == "prefill.end":
-                width = min(term.observed, tokens)
-                watched = min(open_, heads * (width - cover.count(self.seen - width, self.seen)))
-            if term.count is None and _competing(self.cls):
-                n = _budget(term, counts, open_)
-            else:
-                n = heads * _budget(term, counts, open_ // heads)
-            taken = min(open_, max(n, watched))
-            won += taken
-            open_ -= taken
-        self.total = held + won
-        self.frozen += won
-
-    def _decide_units(self, unit: UnitPlan, counts: list[int], cover: _Cover) -> None:
-        ready = self._ready(unit)
-        self.units += [(unit.size, 0)] * (ready - len(self.units))
-        for index in range(ready):
-            start = unit.offset + index * unit.size
-            residents, frozen = self.units[index]
-            held = min(residents, cover.count(start, start + unit.size) + cover.frozen * frozen)
-            open_ = residents - held
-            won = 0
-            for term in self.cls.selections:
-                taken = min(open_, _budget(term, counts, open_))
-                won, open_ = won + taken, open_ - taken
-            self.units[index] = held + won, frozen + won
-        outside = self.seen - ready * unit.size  # before the first unit, and in units that are not judged yet
-        self.total = self.group.heads * (outside + sum(residents for residents, _ in self.units))
-
-    def _ready(self, unit: UnitPlan) -> int:
-        """Units whose entries may be judged: full, and followed by a full one where the score reads it."""
-        return max(0, full_units(unit, self.seen) - reads_next(self.cls, unit))
-
-
-def full_units(unit: UnitPlan, seen: int) -> int:
-    """Units that have been seen whole."""
-    return max(0, seen - unit.offset) // unit.size
-
-
-def reads_next(cls: ClassPlan, unit: UnitPlan) -> bool:
-    """Whether a selection over the unit reads the unit after it."""
-    formulas = [term.score for term in cls.selections if term.unit == unit.name]
-    formulas += [expr for _, expr in unit.landmarks] if formulas else []
-    return any(n.op == "field" and str(n.value).startswith("next.") for f in formulas for n in f.walk())
-
-
-def _budget(term: Selection, counts: list[int], open_: int) -> int:
-    if term.count is not None:
-        return counts[term.count]
-    assert term.fraction is not None
-    return open_ * term.fraction.numerator // term.fraction.denominator
-
-
-class _Cover:
-    """The positions that the regions of a class take, `frozen` aside."""
-
-    def __init__(self, plan: PolicyPlan, cls: ClassPlan, counts: list[int], seen: int, prompt: int) -> None:
-        self.frozen = False
-        spans: list[tuple[int, int]] = []
-        strides: set[int] = set()
-        for term in cls.keep:
-            if not isinstance(term, Region):
-                continue
-            n = counts[term.count] if term.count is not None else 0
-            match term.kind:
-                case "frozen":
-                    self.frozen = True
-                case "all" | "random":
-                    spans.append((0, seen))
-                case "sink":
-                    spans.append((0, n))
-                case "recent":
-                    spans.append((seen - n, seen))
-                case "prompt":
-                    spans.append((0, prompt))
-                case "generated":
-                    spans.append((prompt, seen))
-                case "newest":
-                    assert term.unit is not None
-                    unit = plan.unit(term.unit)
-                    spans.append(((seen - 1 - unit.offset) // unit.size * unit.size + unit.offset, seen))
-                case "stride":
-                    strides.add(max(1, n))
-        self.spans = _merged([(max(0, a), min(b, seen)) for a, b in spans])
-        self.strides = sorted(strides)
-
-    def count(self, start: int, stop: int) -> int:
-        """Positions from `start` up to but without `stop` that some region takes."""
-        inside = [(max(a, start), min(b, stop)) for a, b in self.spans if a < stop and b > start]
-        covered = sum(b - a for a, b in inside)
-        return covered + self._multiples(start, stop) - sum(self._multiples(a, b) for a, b in inside)
-
-    def _multiples(self, start: int, stop: int) -> int:
-        found = 0
-        for size in range(1, len(self.strides) + 1):
-            for some in itertools.combinations(self.strides, size):
-                step = math.lcm(*some)
-                found -= (-1) ** size * ((stop - 1) // step - (start - 1) // step)
-        return found
-
-
-def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    out: list[tuple[int, int]] = []
-    for a, b in sorted(span for span in spans if span[0] < span[1]):
-        if out and a <= out[-1][1]:
-            out[-1] = out[-1][0], max(b, out[-1][1])
-        else:
-            out.append((a, b))
-    return out
+    def _decide(self, cls: ClassPlan, event: Event, doubts: list[Trigger]) -> None:
+        """A rule decides. doubts: the triggers that may have fired, or whose conditions may hold; none: it does."""
+        if cls.only_picks:
+            for term, won in winners(self, cls, event):
+                if term.pick is not None:
+                    most = min(self.seen, won if self.group.competes else -(-won // self.rows))
+                    self.picked[term.pick] = max(most, self.picked.get(term.pick, 0)) if doubts else most
+            return
+        before, units = self.total, list(self.units)
+        decide(self, cls, event)
+        if doubts:
+            # A row that did not decide holds all that it had; had it been full, it would have decided.
+            sizes = [t.n for t in doubts if t.kind == "full" and t.cond is None and t.n is not None]
+            waits = min(before, self.rows * (min(sizes) - 1)) if len(sizes) == len(doubts) else before
+            self.total, self.units = max(self.total, waits), units
+            self.exact = self.even = False

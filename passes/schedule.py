@@ -1,8 +1,8 @@
 """Schedule: how forwards run, and in which phases each class decides.
 
-Takes a bound kv module; adds `kv.schedule` and, to every `kv.keep`, the order that its scores need and its phases.
-Guarantees: prompts are cut by the smallest `chunk(c)`; scores that look at the prompt's end are never asked
-for in a step.
+Takes a bound kv module; adds `kv.schedule` and, to every `kv.keep` and `kv.pick`, the order that its rows need and its
+phases. Guarantees: prompts are cut by the smallest `chunk(c)`; scores that look at the prompt's end are never asked
+for in a step; all sets of the same rows agree on their order.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
-from xdsl.ir import Operation, SSAValue
+from xdsl.ir import Block, Operation
 
 from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.diagnostics import fail
-from kvcompile.dsl.dialect_policy import ScheduleOp, StateOp, UnitOp
-from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, TopOp, TriggerAttr
+from kvcompile.dsl.dialect_losers import LoserOp
+from kvcompile.dsl.dialect_policy import PositionsOp, ScheduleOp, StateOp, UnitOp, UpdateOp
+from kvcompile.dsl.dialect_sets import Decision, KeepOp, PickOp, RegionOp, TopOp, TriggerAttr
+from kvcompile.dsl.dialect_sources import LearnedOp
 from kvcompile.dsl.module import ops_of, policy_of
 from kvcompile.passes.context import Context
 
@@ -26,6 +28,7 @@ _PHASES = {
     "every": ("step",),
     "filled": ("chunk", "prefill.end", "step"),
     "full": ("chunk", "prefill.end", "step"),
+    "when": ("chunk", "prefill.end", "step"),
 }
 
 
@@ -38,20 +41,24 @@ class Schedule:
 
     def __call__(self, module: ModuleOp, context: Context) -> None:
         policy = policy_of(module)
-        keeps = [op for op in ops_of(module) if isinstance(op, KeepOp)]
+        sets = [op for op in ops_of(module) if isinstance(op, KeepOp | PickOp)]
+        compact = any(isinstance(op, PositionsOp) for op in ops_of(module))
         peek = window = 0
-        for keep in keeps:
-            below = _below(keep.set, module)
-            widths = {kind: _width(below, kind) for kind in ("peek", "last")}
-            phases = _phases(keep.triggers)
+        ordered: set[str] = set()  # classes whose rows stay in position order
+        for each in sets:
+            ops = below_set(each, module)
+            widths = {kind: _width(ops, kind) for kind in ("peek", "last")}
+            phases = _phases(each.triggers)
             if widths["peek"] and "step" in phases:
                 raise fail("K705", "`peek` looks at the end of the prompt, and this set is also computed in steps",
-                           context.places.span(keep), "use `last`, or triggers of the prompt alone")  # fmt: skip
-            ordered = any(isinstance(op, kv.PoolOp | kv.LandmarkOp) or _by_unit(op) for op in below)
-            keep.order = StringAttr("position" if ordered else "any")
-            keep.phases = ArrayAttr([StringAttr(phase) for phase in phases])
+                           context.places.span(each), "use `last`, or triggers of the prompt alone")  # fmt: skip
+            if compact or any(_by_position(op) for op in ops):
+                ordered.add(each.of.root_reference.data)
+            each.phases = ArrayAttr([StringAttr(phase) for phase in phases])
             peek, window = max(peek, widths["peek"]), max(window, widths["last"])
-        pieces = [t.n.value.data for keep in keeps for t in keep.triggers if t.kind.data == "chunk" and t.n.value.data]
+        for each in sets:
+            each.order = StringAttr("position" if each.of.root_reference.data in ordered else "any")
+        pieces = [t.n.value.data for each in sets for t in each.triggers if t.kind.data == "chunk" and t.n.value.data]
         schedule = ScheduleOp(min(pieces, default=0), peek, window, self.page)
         schedule.location = policy.location
         policy.body.block.add_op(schedule)
@@ -62,27 +69,38 @@ def _phases(triggers: ArrayAttr[TriggerAttr]) -> list[str]:
     return [phase for phase in ("chunk", "prefill.end", "step") if phase in found]
 
 
-def _below(value: SSAValue, module: ModuleOp) -> list[Operation]:
-    """All operations that a set is computed from, through states and units too."""
-    declared = {op.label.data: op for op in ops_of(module) if isinstance(op, StateOp | UnitOp)}
+def below_set(decision: Decision, module: ModuleOp) -> list[Operation]:
+    """All operations that a decision is computed from, through states, their updates and units too."""
+    declared: dict[str, list[Operation]] = {}
+    for fact in ops_of(module):
+        if isinstance(fact, StateOp | UnitOp):
+            declared.setdefault(fact.label.data, []).append(fact)
+        elif isinstance(fact, UpdateOp):
+            for state in fact.states:
+                declared.setdefault(state.data, []).append(fact)
     seen: dict[Operation, None] = {}
-    todo: list[Operation] = [value.owner] if isinstance(value.owner, Operation) else []
+    todo: list[Operation | Block] = [operand.owner for operand in decision.operands]
     while todo:
         op = todo.pop()
-        if op in seen:
+        if not isinstance(op, Operation) or op in seen:
             continue
         seen[op] = None
-        todo += [operand.owner for operand in op.operands if isinstance(operand.owner, Operation)]
+        if not isinstance(op, LearnedOp):  # its queries are those of the entry itself, at hand when it comes in
+            todo += [operand.owner for operand in op.operands]
         name = op.state.data if isinstance(op, kv.ReadOp) else op.unit.data if isinstance(op, kv.LandmarkOp) else None
-        if name is not None and name in declared:
-            todo.append(declared[name])
+        if name is not None:
+            todo += declared.get(name, [])
     return list(seen)
 
 
 def _width(ops: list[Operation], kind: str) -> int:
-    found = [op.width.value.data for op in ops if isinstance(op, kv.EvidenceOp) and op.source.data == kind]
-    return max(found, default=0)
+    sources = [op for op in ops if isinstance(op, kv.SourcedOp) and op.source.data == kind]
+    return max((op.width.value.data for op in sources), default=0)
 
 
-def _by_unit(op: Operation) -> bool:
-    return isinstance(op, RegionOp | TopOp) and op.unit is not None
+def _by_position(op: Operation) -> bool:
+    """Whether an operation goes through a row's entries in the order of their positions."""
+    if isinstance(op, LoserOp):
+        return op.fn is not None and op.fn.data in ("dct", "pool")
+    by_unit = isinstance(op, RegionOp | TopOp) and op.unit is not None
+    return by_unit or isinstance(op, kv.PoolOp | kv.LandmarkOp) or (isinstance(op, TopOp) and op.whole is not None)

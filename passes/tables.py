@@ -1,24 +1,27 @@
-"""Head tables: one number per KV head, one line per layer, from a file that nobody vouches for.
+"""Tables: numbers per KV head or per layer, from files and probes that nobody vouches for.
 
-Takes a path and the model's shape; gives rows of floats, and the heads that a class takes of them.
+Takes a path and the model's shape; gives rows of numbers, and the heads that a class takes of them.
 Guarantees: at most 4 MiB is read; what is wrong is a PolicyError with line and column in the table; ties go to
-the lower layer, then the lower head; a table of only 0 and 1 is taken as it is.
+the lower layer, then the lower head; a head table of only 0 and 1 is taken as it is.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from kvcompile.dsl.diagnostics import Diagnostic, fail, finding, outside
 from kvcompile.dsl.source import Source, Span
+from kvcompile.kernels.plan import ModelFacts
 
 MAX_BYTES = 4 << 20
 Table = tuple[tuple[float, ...], ...]
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
+_TINY = 1e-30  # what is smaller weighs nothing, and its exact form would be long
 _SEEN = 40  # characters of a wrong value that a message shows
 
 
@@ -38,6 +41,28 @@ def read_table(path: Path, layers: int, heads: int) -> Table:
     return rows
 
 
+def read_weights(path: Path, layers: int) -> tuple[Fraction, ...]:
+    """The numbers of a share's table, one per layer, exactly. PolicyError with the place of what is wrong.
+
+    Blank lines and what follows a `#` do not count.
+    """
+    source = Source(str(path), _read(path))
+    found: list[Fraction] = []
+    for number, line in enumerate(source.text.splitlines(), 1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        value = float(words[0]) if _NUMBER.fullmatch(words[0]) else math.nan
+        if len(words) > 1 or not math.isfinite(value) or value < 0:
+            raise fail("K618", f"`{line.strip()[:_SEEN]}` is no number from 0", _line(source, number),
+                       "a share's table holds one number per layer, none negative")  # fmt: skip
+        found.append(Fraction(words[0]) if abs(value) > _TINY else Fraction(0))
+    if len(found) != layers:
+        raise fail("K618", f"the share's table holds {len(found)} numbers", outside(str(path)),
+                   f"this model needs {layers}, one per layer")  # fmt: skip
+    return tuple(found)
+
+
 def choose(table: Table, top: Fraction | None, span: Span) -> tuple[frozenset[tuple[int, int]], list[Diagnostic]]:
     """The (layer, head) pairs of a class: the `top` part of all heads of the model, the number truncated once.
 
@@ -51,28 +76,63 @@ def choose(table: Table, top: Fraction | None, span: Span) -> tuple[frozenset[tu
     if top is None:
         raise fail("K613", "the table holds other numbers than 0 and 1", span,
                    'say how many heads the class takes, such as table("f.tsv", top=30%)')  # fmt: skip
-    best = sorted(places, key=lambda place: (-table[place[0]][place[1]], place))
-    return frozenset(best[: int(top * len(places))]), []
+    return best(table, top), []
+
+
+def best(table: Table, top: Fraction) -> frozenset[tuple[int, int]]:
+    """The `top` part of all heads of the model, highest first; ties to the lower layer, then the lower head."""
+    places = [(layer, head) for layer, row in enumerate(table) for head in range(len(row))]
+    order = sorted(places, key=lambda place: (-table[place[0]][place[1]], place))
+    return frozenset(order[: int(top * len(order))])
+
+
+# ---------------------------------------------------------------- probes
+
+
+def probe_key(what: str, tokens: int | None) -> str:
+    """The name under which a probe's measurement is handed over: `induction`, or `induction:500`."""
+    return what if tokens is None else f"{what}:{tokens}"
+
+
+def probe_table(
+    measured: Sequence[Sequence[float]] | None, facts: ModelFacts, key: str, span: Span
+) -> tuple[Table, list[Diagnostic]]:
+    """What a probe measured, [layer][kv head]; without a model every head alike, with a warning."""
+    if measured is None:
+        warning = finding("K617", f"the probe `{key}` has not been run: its heads are a guess", span,
+                          "optimize a model to measure them")  # fmt: skip
+        return ((0.0,) * facts.kv_heads,) * facts.layers, [warning]
+    table = tuple(tuple(float(value) for value in row) for row in measured)
+    if [len(row) for row in table] != [facts.kv_heads] * facts.layers:
+        raise fail("K612", f"the probe `{key}` gave another shape", outside("<probes>"),
+                   _wanted(facts.layers, facts.kv_heads))  # fmt: skip
+    if not all(math.isfinite(value) for row in table for value in row):
+        raise fail("K611", f"the probe `{key}` gave a number that is not finite", outside("<probes>"),
+                   "measure again")  # fmt: skip
+    return table, []
+
+
+# ---------------------------------------------------------------- text
 
 
 def _read(path: Path) -> str:
     where = outside(str(path))
     try:
         if path.is_dir():
-            raise fail("K610", "the head table is a directory", where, "name the file in it")
+            raise fail("K610", "the table is a directory", where, "name the file in it")
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise fail("K610", "no such head table", where, 'check the path, or give tables={"CLASS": path}') from None
+        raise fail("K610", "no such table", where, 'check the path, or give tables={"CLASS": path}') from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise fail("K610", f"cannot read the head table: {reason}", where, "check the path and its rights") from None
+        raise fail("K610", f"cannot read the table: {reason}", where, "check the path and its rights") from None
     if len(data) > MAX_BYTES:
-        raise fail("K610", f"the head table is larger than {MAX_BYTES} bytes", where, "is this a head table?")
+        raise fail("K610", f"the table is larger than {MAX_BYTES} bytes", where, "is this a table?")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"the head table is no text (byte {error.start})"
+        message = f"the table is no text (byte {error.start})"
         raise fail("K610", message, where, "save it as tab-separated text") from None
 
 

@@ -13,11 +13,15 @@ from pathlib import Path
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvcompile
 from tests import oracle_policies as rules
+from tests import oracle_states as stateful
+from tests import oracle_systems as systems
+from tests.models import random_model
 
 BACKENDS = ("reference", "cpu")
 ABSOLUTE, RELATIVE = 1e-4, 1e-5
@@ -42,15 +46,30 @@ def examples(n: int):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """policy, params for `optimize`; rule() for the oracle; mask [layer][KV head] where classes come from a table."""
+    """policy, params for `optimize`; rule() for the oracle; mask [layer][KV head] where classes come from a table;
+    changes to the model's configuration, where the policy means little without them; trained: the state that holds
+    scores of `oracle_states.trained_heads`."""
 
     policy: str
     params: dict[str, object]
     rule: Callable[[], rules.KeepAll]
     mask: tuple[tuple[int, ...], ...] | None = None
+    changes: dict[str, object] = field(default_factory=dict)
+    trained: str | None = None
 
-    def options(self, folder: Path) -> dict[str, object]:
-        """Keyword arguments for `optimize` and `explain`; writes the mask as a table into `folder`."""
+    def model(self, family: str = "llama64") -> PreTrainedModel:
+        """A random model that the policy means something for."""
+        return random_model(family, **self.changes)
+
+    def options(self, folder: Path, family: str = "llama64") -> dict[str, object]:
+        """Keyword arguments for `optimize` and `explain`; writes the mask as a table, or trained scores for a model of
+        the family, into `folder`."""
+        if self.trained is not None:
+            config = self.model(family).config
+            heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+            weights = stateful.trained_heads(config.num_hidden_layers, heads, group, config.head_dim)
+            save_file(weights, folder / "trained.safetensors")
+            return {**self.params, "tables": {self.trained: str(folder / "trained.safetensors")}}
         if self.mask is None:
             return dict(self.params)
         path = folder / "mask.tsv"
@@ -123,6 +142,70 @@ LIBRARY: dict[str, Callable[[Sizes], Sample]] = {
         "lagkv",
         {"n_sink": s.sink, "lag": s.chunk, "ratio": f"{s.percent}%"},
         lambda: rules.LagKV(sink=s.sink, lag=s.chunk, ratio=_share(s)),
+    ),
+    "keyformer": lambda s: Sample(
+        "keyformer",
+        {"heavy": f"{s.percent}% of prompt", "local": "10% of prompt", "seed": s.sink},
+        lambda: stateful.Keyformer(heavy=_share(s), local=Fraction(1, 10), seed=s.sink),
+    ),
+    "lazy": lambda s: Sample(
+        "lazy",
+        {"budget": s.budget, "window": min(s.observe, 3), "alpha": 0.05},
+        lambda: stateful.Lazy(budget=s.budget, window=min(s.observe, 3), alpha=0.05),
+    ),
+    "r_kv": lambda s: Sample("r_kv", {**_snap(s), "buffer": 2}, lambda: stateful.RKV(**_snap(s), buffer=2)),
+    "expected_attention": lambda s: Sample(
+        "expected_attention",
+        {"budget": s.budget + s.sink, "n_sink": s.sink, "observe": s.observe},
+        lambda: stateful.ExpectedAttention(budget=s.budget + s.sink, sink=s.sink, observe=s.observe),
+    ),
+    "locret": lambda s: Sample(
+        "locret",
+        {"budget": s.budget, "stabilizers": s.observe, "c": s.chunk},
+        lambda: stateful.Locret(budget=s.budget, stable=s.observe, chunk=s.chunk),
+        trained="cis",
+    ),
+    "criticalkv": lambda s: Sample("criticalkv", _snap(s), lambda: stateful.CriticalKV(**_snap(s))),
+    "streaming_compact": lambda s: Sample(
+        "streaming_compact",
+        {"n_sink": s.sink, "window": s.budget},
+        lambda: systems.StreamingCompact(sink=s.sink, window=s.budget),
+    ),
+    "chunkkv": lambda s: Sample(
+        "chunkkv",
+        {"budget": s.budget, "observe": s.observe, "size": s.pool},
+        lambda: systems.ChunkKV(budget=s.budget, observe=s.observe, size=s.pool),
+    ),
+    "windowkv": lambda s: Sample(
+        "windowkv",
+        {"budget": s.budget, "observe": s.observe, "w": s.pool, "beta": s.chunk},
+        lambda: systems.WindowKV(budget=s.budget, observe=s.observe, size=s.pool, beta=s.chunk, layers_shared=8),
+        changes={"num_hidden_layers": 9},  # two groups
+    ),
+    "prefixkv": lambda s: Sample(
+        "prefixkv", {"budget": f"{s.percent}% of prompt"}, lambda: systems.PrefixKV(budget=_share(s))
+    ),
+    "d2o": lambda s: Sample(
+        "d2o",
+        {"budget": f"{s.percent}% of prompt", "n_sink": s.sink},
+        lambda: systems.D2O(budget=_share(s), sink=s.sink),
+        changes={"num_hidden_layers": 5},  # the first two and the last keep all
+    ),
+    "elastic": lambda s: Sample(
+        "elastic",
+        {"budget": f"{s.percent}% of prompt", "n_sink": s.sink, "window": s.observe},
+        lambda: systems.Elastic(budget=_share(s), sink=s.sink, window=s.observe),
+    ),
+    "razor": lambda s: Sample(
+        "razor",
+        {"n_sink": s.sink, "least": s.observe + 2},
+        lambda: systems.Razor(sink=s.sink, least=s.observe + 2),
+        changes={"num_hidden_layers": 4, "max_position_embeddings": 256},  # 14 % of 8 heads; short probes
+    ),
+    "freqkv": lambda s: Sample(
+        "freqkv",
+        {"n_sink": s.sink, "size": s.budget + 12},
+        lambda: systems.FreqKV(sink=s.sink, size=s.budget + 12),
     ),
     "prulong": lambda s: _prulong("prulong", s),
     "duo": lambda s: _prulong("duo", s),

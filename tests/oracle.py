@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -23,11 +23,22 @@ Kept = tuple[tuple[tuple[int, ...], ...], ...]  # [layer][KV head] -> sorted ori
 
 
 @dataclass(slots=True)
+class Folded:
+    """An entry without position: key, value [D], and the tokens that it stands for."""
+
+    key: Tensor
+    value: Tensor
+    count: float
+
+
+@dataclass(slots=True)
 class Row:
     """One (layer, KV head): all that it ever saw, and what of it is still resident.
 
     keys, values [T, D]; queries [G, T, D]; resident, frozen bool [T]; acc float32 [T]; reads: probabilities
-    [G, n, T + peeked] of the newest forward's queries, 0 where nothing was read; judged: units decided so far.
+    [G, n, T + peeked] of the newest forward's queries, 0 where nothing was read; judged: units decided so far;
+    states: what the rule's `starts` names, float32 [T] each; count: tokens that each entry stands for, float32 [T];
+    folded: what `fold mean` made of dropped entries. Where positions are compact, keys and queries are before RoPE.
     """
 
     keys: Tensor
@@ -38,9 +49,16 @@ class Row:
     acc: Tensor
     reads: Tensor
     judged: int = 0
+    states: dict[str, Tensor] = field(default_factory=dict)
+    count: Tensor = field(default_factory=lambda: torch.zeros(0))
+    folded: Folded | None = None
 
     def positions(self) -> list[int]:
         return self.resident.nonzero().flatten().tolist()
+
+    def __len__(self) -> int:
+        """Entries of the row, the one without position among them."""
+        return len(self.positions()) + (self.folded is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +75,11 @@ class Piece:
     @property
     def now(self) -> int:
         return self.start + self.tokens - 1
+
+    @property
+    def step(self) -> int:
+        """Steps since prefill.end, this one included; 0 during a prefill."""
+        return self.now + 1 - self.prompt if self.kind == "step" else 0
 
     def fires(self, *triggers: str) -> bool:
         """Whether one of chunk, prefill.end, step fires after this forward."""
@@ -127,15 +150,15 @@ class Oracle:
         return [self.feed(prompt), *(self.feed([token]) for token in forced)]
 
     def _forward(self, tokens: list[int], peek: list[int], piece: Piece) -> Forward:
-        before = tuple(tuple(len(row.positions()) for row in layer) for layer in self.rows)
-        self._piece = piece
+        before = tuple(tuple(len(row) for row in layer) for layer in self.rows)
+        self.piece = piece
         ids = torch.tensor([tokens + peek])
         places = torch.arange(piece.start, piece.start + ids.shape[1])[None]
+        places = torch.zeros_like(places) if self.rule.compact else places
         with torch.no_grad(), _reading(self):
             out = self.model(input_ids=ids, position_ids=places, use_cache=False)
         self.length += piece.tokens
-        for layer in range(self.layers):
-            self.rule.decide(self, layer, list(range(self.heads)), piece)
+        self.rule.decide_all(self, piece)
         done = Forward(piece, out.logits[0, : piece.tokens].float(), before, self.kept())
         self.forwards.append(done)
         return done
@@ -145,51 +168,91 @@ class Oracle:
     def read(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of one layer: query [Hq, n, D], key and value [Hkv, n, D] of this forward -> [n, Hq, D]."""
         self.scaling = scaling
-        piece, n = self._piece, query.shape[1]
+        piece, n = self.piece, query.shape[1]
         outputs = []
         for head in range(self.heads):
             row = self.rows[layer][head]
             past = row.positions()
-            keys = torch.cat([row.keys[past], key[head]])
-            values = torch.cat([row.values[past], value[head]])
             columns = past + list(range(piece.start, piece.start + n))
+            keys = self.turned(torch.cat([row.keys[past], key[head]]), 0)
+            values = torch.cat([row.values[past], value[head]])
+            asking = self.turned(query[head * self.group : (head + 1) * self.group], len(past))
             row.reads = torch.zeros(self.group, n, piece.start + n)
-            for g in range(self.group):
-                for j in range(n):
-                    readable = len(past) + j + 1
-                    logit = (keys[:readable] @ query[head * self.group + g, j]).float() * scaling
-                    row.reads[g, j, columns[:readable]] = torch.softmax(logit, 0)
-            outputs.append(row.reads[:, :, columns].to(values.dtype) @ values)
+            output = torch.zeros(self.group, n, value.shape[2])
+            for j in range(n):
+                readable = len(past) + j + 1
+                logit = (asking[:, j] @ keys[:readable].T).float() * scaling
+                probabilities, rest = self.shares(row, logit, asking[:, j])
+                row.reads[:, j, columns[:readable]] = probabilities
+                output[:, j] = probabilities.to(values.dtype) @ values[:readable]
+                if row.folded is not None:
+                    output[:, j] += rest[:, None] * row.folded.value
+            outputs.append(output)
             self._insert(row, query[head * self.group : (head + 1) * self.group], key[head], value[head])
             for j in range(piece.tokens):
                 self.rule.on_read(row, row.reads[:, j, : piece.start + piece.tokens])
+                self.rule.on_query(self, layer, head, piece.start + j)
         return torch.cat(outputs).transpose(0, 1)
 
     def _insert(self, row: Row, query: Tensor, key: Tensor, value: Tensor) -> None:
-        n = self._piece.tokens
+        n = self.piece.tokens
         row.keys = torch.cat([row.keys, key[:n].float()])
         row.values = torch.cat([row.values, value[:n].float()])
         row.queries = torch.cat([row.queries, query[:, :n].float()], dim=1)
         row.resident = torch.cat([row.resident, torch.ones(n, dtype=torch.bool)])
         row.frozen = torch.cat([row.frozen, torch.zeros(n, dtype=torch.bool)])
         row.acc = torch.cat([row.acc, torch.zeros(n)])
+        row.count = torch.cat([row.count, torch.ones(n)])
+        places = torch.arange(len(row.acc) - n, len(row.acc), dtype=torch.float32)
+        for name, start in self.rule.starts().items():
+            first = places if start is None else torch.full((n,), float(start))
+            row.states[name] = torch.cat([row.states.get(name, torch.zeros(0)), first])
+
+    def logits(self, row: Row, place: int) -> tuple[list[int], Tensor]:
+        """What the row's query at position `place` may read of what is resident now: positions, logits [G, of them]."""
+        columns = [p for p in row.positions() if p <= place]
+        return columns, (self.query(row, place) @ self.turned(row.keys[columns], 0).T) * self.scaling
+
+    def query(self, row: Row, place: int) -> Tensor:
+        """The row's query at position `place`, [G, D], as it reads what is resident now."""
+        return self.turned(row.queries[:, place : place + 1], sum(p < place for p in row.positions()))[:, 0]
+
+    def turned(self, x: Tensor, first: int) -> Tensor:
+        """Where positions are compact: x [.., n, D] rotated by the places first, first + 1, ...; elsewhere x itself."""
+        if not self.rule.compact:
+            return x
+        angles = torch.outer(torch.arange(first, first + x.shape[-2]).float(), self.model.model.rotary_emb.inv_freq)
+        real, imaginary = x.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+
+    def shares(self, row: Row, logit: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities [G, n] of entries with logits [G, n], and of the entry without position [G] (0: none)."""
+        if row.folded is None:
+            return torch.softmax(logit, 1), torch.zeros(len(logit))
+        weighted = (query @ row.folded.key) * self.scaling + math.log(row.folded.count)
+        both = torch.softmax(torch.cat([logit, weighted[:, None]], 1), 1)
+        return both[:, :-1], both[:, -1]
 
     def last_reads(self, row: Row, width: int) -> Tensor:
         """Probabilities [G, w, T] of the row's newest queries over what is resident now and not newer than they."""
         total = len(row.resident)
         first = max(0, total - width)
         reads = torch.zeros(self.group, total - first, total)
-        for g in range(self.group):
-            for place in range(first, total):
-                columns = [p for p in row.positions() if p <= place]
-                logit = (row.keys[columns] @ row.queries[g, place]) * self.scaling
-                reads[g, place - first, columns] = torch.softmax(logit, 0)
+        for place in range(first, total):
+            columns, logit = self.logits(row, place)
+            reads[:, place - first, columns] = self.shares(row, logit, self.query(row, place))[0]
         return reads
 
     # -- what came of it ------------------------------------------------------------------------------------------
 
     def kept(self) -> Kept:
+        """Positions in each row; an entry without position does not show."""
         return tuple(tuple(tuple(row.positions()) for row in layer) for layer in self.rows)
+
+    def lengths(self) -> list[list[int]]:
+        """Entries of each row, [layer][KV head], those without position among them."""
+        return [[len(row) for row in layer] for layer in self.rows]
 
     def footprint(self) -> float:
         """Sum over forwards of n(n+1)/2 + nP, over T(T+1)/2, mean over KV heads; peeked tokens count in n only."""
@@ -217,10 +280,13 @@ class Oracle:
         order = sorted(scored, key=lambda s: (math.isnan(s[0]), -s[0] if not math.isnan(s[0]) else 0.0, s[1], s[2]))
         n = max(0, n)
         if 0 < n < len(order):
-            won, lost = order[n - 1][0], order[n][0]
-            if won != lost and not math.isnan(lost):
-                self.closest = min(self.closest, abs(won - lost) / max(abs(won), abs(lost)))
+            self.near(order[n - 1][0], order[n][0])
         return [(place, head) for _, place, head in order[:n]]
+
+    def near(self, a: float, b: float) -> None:
+        """Notes how close two numbers were that a decision told apart; equal ones and NaN are no matter of rounding."""
+        if a != b and not math.isnan(a) and not math.isnan(b):
+            self.closest = min(self.closest, abs(a - b) / max(abs(a), abs(b)))
 
 
 _ACTIVE: list[Oracle] = []

@@ -1,8 +1,9 @@
 """The keep rule of each policy that runs, written by hand from its publication and the language's rules.
 
 Each rule has `chunk` (pieces of a prompt, None: whole), `peek` (prompt tokens run along with each piece but the last),
-`on_read(row, reads)` for one query's probabilities [G, T], and `decide(oracle, layer, heads, piece)`, which clears the
-resident flags of what the policy drops after a forward. Counts are exact and truncated once.
+`on_read(row, reads)` for one query's probabilities [G, T], `on_query(oracle, layer, head, place)` for what else a query
+changes, `starts()` for the states that it changes, and `decide(oracle, layer, heads, piece)`, which clears the resident
+flags of what the policy drops after a forward (`decide_all`: of all layers). Counts are exact and truncated once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,12 +24,25 @@ from tests.oracle import Oracle, Piece, Row
 class KeepAll:
     chunk: int | None = None
     peek: int = 0
+    compact: ClassVar[bool] = False  # `positions compact`
+
+    def starts(self) -> dict[str, float | None]:
+        """States that `on_query` changes and their first values; None: the entry's own position."""
+        return {}
 
     def on_read(self, row: Row, reads: Tensor) -> None:
         """No state."""
 
+    def on_query(self, oracle: Oracle, layer: int, head: int, place: int) -> None:
+        """No state."""
+
     def decide(self, oracle: Oracle, layer: int, heads: list[int], piece: Piece) -> None:
         """Nothing is ever dropped."""
+
+    def decide_all(self, oracle: Oracle, piece: Piece) -> None:
+        """After the last layer; rules that compare layers have their own."""
+        for layer in range(oracle.layers):
+            self.decide(oracle, layer, list(range(oracle.heads)), piece)
 
 
 @dataclass(slots=True)
@@ -260,6 +275,12 @@ class Classes(KeepAll):
     def on_read(self, row: Row, reads: Tensor) -> None:
         self.one.on_read(row, reads)
         self.zero.on_read(row, reads)
+
+    def starts(self) -> dict[str, float | None]:
+        return self.one.starts() | self.zero.starts()
+
+    def on_query(self, oracle: Oracle, layer: int, head: int, place: int) -> None:
+        (self.one if self.mask[layer][head] else self.zero).on_query(oracle, layer, head, place)
 
     def decide(self, oracle: Oracle, layer: int, heads: list[int], piece: Piece) -> None:
         for bit, rule in ((1, self.one), (0, self.zero)):

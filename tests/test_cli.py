@@ -65,7 +65,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_check_is_fast_and_without_torch(policy: Path) -> None:
     script = (
-        "import sys; from kvcompile.cli import main; code = main(['check', sys.argv[1], 'snapkv']);"
+        "import sys; from kvcompile.cli import main; code = main(['check', sys.argv[1], 'snapkv'])"
+        " + main(['fmt', '--check', sys.argv[1]]);"
         "bad = {'torch', 'transformers', 'triton'} & set(sys.modules); print(sorted(bad)); sys.exit(code)"
     )
     start = time.perf_counter()
@@ -148,6 +149,12 @@ def test_check_takes_parameters(capsys: pytest.CaptureFixture[str], policy: Path
     assert code == 1 and "K104" in err and "budget" in err
 
 
+def test_check_tells_every_broken_clause(capsys: pytest.CaptureFixture[str], policy: Path) -> None:
+    policy.write_text("policy mine():\n    kep all\n    at step step\n")
+    code, _, err = run(capsys, "check", policy)
+    assert code == 1 and f"{policy}:2:5: error[K001]" in err and f"{policy}:3:13: error[K001]" in err
+
+
 # ------------------------------------------------------------------ wrong usage
 
 
@@ -156,6 +163,8 @@ def test_check_takes_parameters(capsys: pytest.CaptureFixture[str], policy: Path
     [
         (["chekc"], "chekc"),
         (["check"], "FILE"),
+        (["fmt"], "FILE"),
+        (["fmt", "-", "-"], "once"),
         (["explain", "snapkv"], "--model"),
         (["run", "snapkv", "--model", "M"], "--prompt"),
         (["run", "snapkv", "--model", "M", "--prompt", "  "], "empty"),
@@ -177,9 +186,9 @@ def test_wrong_usage_is_two(capsys: pytest.CaptureFixture[str], arguments: list[
 def test_commands_not_built_are_absent(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("check", "explain", "run", "inspect", "verify", "kernels"):
+    for command in ("check", "fmt", "explain", "run", "inspect", "verify", "kernels"):
         assert f"\n  {command} " in out
-    for command in ("fmt", "tune", "bench", "learn", "eval", "export"):
+    for command in ("tune", "bench", "learn", "eval", "export"):
         assert run(capsys, command)[0] == 2
 
 
@@ -250,8 +259,13 @@ def test_explain(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     facts = json.loads(out)
     assert code == 0, err
     assert facts["layers"] and 0 < facts["bytes"] < facts["bytes_full"]
+    assert facts["classes"]["all"]["triggers"] == {"chunk": 512, "step": 1}
     code, out, _ = run(capsys, *arguments)
-    assert code == 0 and "footprint" in out
+    assert code == 0 and "footprint" in out and "overshoot" in out
+    code, out, _ = run(capsys, *arguments, "--gpu", "h100")
+    assert code == 0 and out.splitlines()[-1].startswith("H100 ")
+    code, out, err = run(capsys, *arguments, "--gpu", "abacus")
+    assert code == 1 and out == "" and "abacus" in err and "H200" in err
 
 
 def test_run_prints_text_and_report(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

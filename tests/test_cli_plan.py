@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 from kvcompile.cli_plan import formula, plan_lines
 from kvcompile.kernels.plan import (
@@ -19,6 +20,7 @@ from kvcompile.kernels.plan import (
     Trigger,
     UnitPlan,
 )
+from kvcompile.passes import compile_policy
 
 ATTN = Expr("evidence", value=("attn", QuerySource("last", 64)), axes="gqi")
 SCORE = Expr("reduce", (Expr("reduce", (ATTN,), ("sum", "q"), "gi"),), ("mean", "g"), "i")
@@ -80,6 +82,54 @@ def test_plan_lines_show_every_fact() -> None:
         "  states acc",
         "  entries stay in position order",
         "state acc: starts at 0, on attend += mean[g] sum[q] attn[q in last(64)]",
-        "share b: 12 a layer on average, by pyramid",
+        "share b: 12 a layer on average, by pyramid(20)",
         "unit lot: 128 tokens from 16; lo = k",
     ]
+
+
+def lines_of(policy: str, **options: object) -> list[str]:
+    return list(plan_lines(compile_policy(policy, ModelFacts(4, 4, 2, 64), **options).plan))  # type: ignore[arg-type]
+
+
+def test_library_plans_in_words() -> None:
+    lazy = lines_of("lazy")
+    assert "  at every(175) if len > 4096" in lazy
+    assert "on attend where sum[q] ((max[g] attn) > 0.0001): gap = max(gap, now - seen), seen = now" in [
+        line.replace("max[g] attn", "(max[g] attn)") for line in lazy
+    ]
+    d2o = lines_of("d2o")
+    assert "  keep recent(b / 4)" in d2o
+    assert "  else merge into nearest by cos(k) when sim >= ema(mean[i] sim, 0.5) weight sim" in d2o
+    assert "  else drop" in d2o
+    assert "share b: 0.2 * prompt a layer on average, by softmax(-var[i] acc)" in d2o
+    windows = lines_of("windowkv")
+    assert "share b: 1984 a layer on average, by pyramid(14), 64 set aside first, 8 layers share one part" in windows
+    assert any(
+        line.startswith("  keep top(b / 32) windows by mean[i] mean[h] mean[g] sum[q] attn[q in last(64)]")
+        and line.endswith("shared heads shared layers(8), into slot 0")
+        for line in windows
+    )
+    assert "class all #2: rows of all" in lines_of("elastic")
+    assert "keys are rotated by their place in the row" in lines_of("streaming_compact")
+    assert "  else fold dct, 0.5 of them" in lines_of("freqkv")
+    assert any("softmax[i] ((logit + gumbel(0)) / (1 + (0.01 * step)))" in line for line in lines_of("keyformer"))
+
+
+def test_trained_scores_picks_and_tables_in_words(tmp_path: Path) -> None:
+    weights, table = tmp_path / "heads.safetensors", tmp_path / "layers.txt"
+    weights.touch()
+    table.write_text("1\n" * 4)
+    assert "on insert: cis = learned(cis, q, k, v)" in lines_of("locret", tables={"cis": weights})
+    text = (
+        'policy mine():\n    share b = 8 by table("layers.txt")\n    pick t = cover(90%) by norm(k) per query_head\n'
+        "    keep t | random(4, 3) | where age < 9 | top(b) by sum[q in sample(5%)] attn across heads\n"
+        "    at when now > 9\n"
+    )
+    lines = lines_of(text, tables={"b": table})
+    assert "  pick cover(0.9) by norm(k) per head, into slot 0" in lines
+    assert "  keep picked 0" in lines and "  keep random(4), seed 3" in lines and "  keep where age < 9" in lines
+    assert "  keep top(b) by mean[g] sum[q] attn[q in sample(0.05)] across heads" in lines
+    assert "  at when now > 9" in lines
+    assert "share b: 8 a layer on average, by a table" in lines
+    turning = lines_of("policy mine():\n    keep recent(4)\n    at when cos(q, prev.q) < 0.5\n")
+    assert "  at when mean[q] (mean[g] cos(q[q in last(1)], prev.q) < 0.5)" in turning

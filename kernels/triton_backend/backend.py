@@ -7,19 +7,22 @@ What has no Triton form runs as the reference; `choose.unprintable` says what th
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels import evict, reference
+from kvcompile.kernels.compete import Contest
+from kvcompile.kernels.counts import scalars_of
 from kvcompile.kernels.evaluate import Rows
-from kvcompile.kernels.gather import Fresh, gather_queries, gather_rows, needs_keys, query_sources, sequence
+from kvcompile.kernels.gather import Fresh, gather_rows, needs_keys, query_sources, sequence, with_queries
 from kvcompile.kernels.layout import Clock, Site, compact
-from kvcompile.kernels.plan import PolicyPlan, Selection, StatePlan, UnitPlan
+from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan, Selection, StatePlan, UnitPlan
 from kvcompile.kernels.select import Plainly
+from kvcompile.kernels.span import competes
 from kvcompile.kernels.stages import Unprintable
+from kvcompile.kernels.states import Weights, growth, observe
 from kvcompile.kernels.triton_backend import prefill
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.evict import EvictStep
@@ -36,19 +39,23 @@ class Triton:
         self._decoders: dict[tuple[object, ...], DecodeStep | None] = {}
         self._evictions: dict[tuple[object, ...], EvictStep | None] = {}
 
-    def observe(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As `reference.observe`: what queries add to a state by kernel, where its formula has one."""
+    def observe(
+        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
+    ) -> Tensor:
+        """As `states.observe`: what queries add to a state by kernel, where its formula has one."""
 
         def grown(states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str, Tensor]:
             return _growth(plan, states, rows, fresh)
 
-        return reference.observe(plan, site, q, k, v, scale, grown)
+        return observe(plan, site, q, k, v, scale, weights, grown)
 
-    def attend_step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_step(
+        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
+    ) -> Tensor:
         """As `reference.attend_step`, without a look at any device value."""
         step = self._decoder(plan, site)
         if step is None:
-            return reference.attend_step(plan, site, q, k, v, scale)
+            return reference.attend_step(plan, site, q, k, v, scale, weights)
         active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
         out, _ = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], site, start, active, site.layer, scale)
         _file_queries(site, q, start, active)
@@ -68,12 +75,18 @@ class Triton:
         return self._decoders[key]
 
     def evict_step(self, plan: PolicyPlan, stores: list[Site], scale: float) -> None:
-        """One launch per head class over all the layers given; classes without a Triton form go by the reference."""
+        """One launch per head class over all the layers given; classes without a Triton form go by the reference.
+
+        Where layers choose for later ones, the layers have to be taken in order, so all of it goes by the reference.
+        """
+        if plan.picks:
+            evict.evict_step(plan, stores, scale)
+            return
         first = stores[0]
         now = first.clock[:, Clock.START] + first.clock[:, Clock.NEW] - 1
         prompt = first.clock[:, Clock.PROMPT]
         for index, part in enumerate(plan.classes):
-            if not any(part.fires_on(kind) for kind in ("step", "every", "filled", "full")):
+            if competes(part) or not any(part.fires_on(kind) for kind in STEP_TRIGGERS):
                 continue
             step, decoder = self._eviction(plan, first, index), self._decoder(plan, first)
             if step is None or decoder is None:
@@ -98,10 +111,9 @@ class Triton:
 
     def _by_reference(self, plan: PolicyPlan, stores: list[Site], index: int, scale: float) -> None:
         for site in stores:
-            heads = list(plan.heads(int(site.layer), index))
             firing = site.fires[index].nonzero().flatten().tolist()
-            if heads and firing:
-                evict.evict_class(plan, plan.classes[index], site, firing, heads, scale)
+            if firing and plan.heads(int(site.layer), index):
+                evict.evict_class(plan, index, site, firing, scale)
 
     def insert(self, plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: Tensor | None) -> None:
         """As `evict.insert`, one launch."""
@@ -126,7 +138,7 @@ class Triton:
         scale: float,
     ) -> None:
         """As `evict.evict_prefill`: scores and winners by kernel where they have one, survivors in one launch."""
-        if _packer(plan) is None:
+        if _packer(plan) is None or evict.in_place(plan, cls):
             evict.evict_prefill(plan, cls, site, q, k, v, state, scale)
             return
         part, kv_heads = plan.classes[cls], plan.facts.kv_heads
@@ -139,9 +151,8 @@ class Triton:
                 continue
             fresh = sequence(site, b, q, k, v, state, kv_heads)
             rows, order, index = gather_rows(plan, site, [b], heads, needs_keys(plan, part), scale, fresh)
-            found = {s: gather_queries(site, b, heads, kv_heads, s, fresh) for s in query_sources(part)}
-            rows = replace(rows, queries=found)
-            stays, wins = evict.decide(plan, part, site, [b], heads, rows, order, _Kernels(plan, cls))
+            rows = with_queries(plan, site, b, heads, rows, query_sources(part), fresh)
+            stays, wins = evict.decide(plan, cls, site, [b], heads, rows, order, _Kernels(plan, cls))
             width = stays.shape[1] - fresh.k.shape[1]
             _settle(site, index, stays[:, :width], wins[:, :width], part.by_position)
             new_columns = slice(width, width + fresh.real)
@@ -173,7 +184,7 @@ class _Kernels(Plainly):
             stages = library(self.plan).scores(term)
         except Unprintable:
             return super().score(term, rows, candidates, unit)
-        if not stages or unit is not None or rows.k is None or not _agrees(rows):
+        if not stages or unit is not None or rows.k is None or rows.bias is not None or not _agrees(rows):
             return super().score(term, rows, candidates, unit)
         # Readable entries are resident or peeked; pos -1 marks a column that holds neither.
         pos = rows.pos.masked_fill(~rows.readable, -1).int()[None]
@@ -182,13 +193,16 @@ class _Kernels(Plainly):
         qpos = queries[0].pos[:1].int() if queries else pos.new_zeros(1, 1)
         return prefill.score(stages, q.contiguous(), rows.k[None], pos, qpos, candidates[None], rows.scale)[0]
 
-    def choose(self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:  # type: ignore[override]
+    def choose(  # type: ignore[override]
+        self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor, versus: Contest | None
+    ) -> Tensor:
         try:
             module = library(self.plan).select(self.cls, term)
         except Unprintable:
-            return super().choose(term, rows, values, candidates, n)
-        if values.shape[0] != len(rows.pos) or term.fraction is not None:
-            return super().choose(term, rows, values, candidates, n)
+            return super().choose(term, rows, values, candidates, n, versus)
+        by_row = term.count is not None and "len" in scalars_of(self.plan.counts[term.count])
+        if values.shape[0] != len(rows.pos) or term.fraction is not None or by_row:
+            return super().choose(term, rows, values, candidates, n, versus)
         together = term.scope != "head"
         count = len(rows.pos)
         lines = [list(range(count))] if together else [[h] for h in range(count)]
@@ -200,7 +214,7 @@ class _Kernels(Plainly):
 
 
 def _growth(plan: PolicyPlan, states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str, Tensor]:
-    """`reference.growth` by kernel; what has no Triton form, by the definition."""
+    """`states.growth` by kernel; what has no Triton form, by the definition."""
     assert rows.k is not None
     q = fresh.q.flatten(0, 1)[None].contiguous()
     pos = rows.pos.masked_fill(~rows.readable, -1).int()[None]
@@ -214,7 +228,7 @@ def _growth(plan: PolicyPlan, states: tuple[StatePlan, ...], rows: Rows, fresh: 
         if module is not None:
             qpos = fresh.pos[None].int()
             grown[state.name] = prefill.state_columns(module, q, rows.k[None], pos, qpos, None, rows.scale)[0]
-    return grown | reference.growth(tuple(rest), rows, fresh)
+    return grown | growth(tuple(rest), rows, fresh)
 
 
 def _packer(plan: PolicyPlan) -> ModuleType | None:

@@ -6,13 +6,27 @@ from fractions import Fraction
 
 import pytest
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Operation
+from xdsl.ir import Operation, SSAValue
 from xdsl.utils.exceptions import VerifyException
 
 from kvcompile.dsl import PolicyError
 from kvcompile.dsl import dialect as kv
-from kvcompile.dsl.dialect_policy import KV, ClassOp, HeadsOp, PolicyOp, ScheduleOp, SiteOp, StateOp, UnitOp
-from kvcompile.dsl.dialect_sets import KeepOp, RegionOp, TopOp, TriggerAttr, UnionOp
+from kvcompile.dsl.dialect_counts import BytesOp, PartOp, ShareOp
+from kvcompile.dsl.dialect_losers import LoserOp
+from kvcompile.dsl.dialect_policy import (
+    KV,
+    ClassOp,
+    HeadsOp,
+    PolicyOp,
+    PositionsOp,
+    ScheduleOp,
+    SiteOp,
+    StateOp,
+    UnitOp,
+    UpdateOp,
+)
+from kvcompile.dsl.dialect_sets import KeepOp, PickOp, RegionOp, TopOp, TriggerAttr, UnionOp
+from kvcompile.dsl.dialect_sources import EmaOp, LearnedOp, NoiseOp, QueriesOp, SimOp
 from kvcompile.dsl.module import Places, from_text, policy_of, to_text, verify
 from kvcompile.dsl.source import Source
 
@@ -51,18 +65,24 @@ class Build:
 def everything() -> ModuleOp:
     """A module with every operation, and every optional part there and absent."""
     b = Build()
-    attn = kv.EvidenceOp("attn", "last", 64)
+    attn = kv.EvidenceOp("attn", ("last", 64, Fraction(0)))
     over_q = kv.ReduceOp("sum", "q", attn.res)
     over_g = kv.ReduceOp("mean", "g", over_q.res)
     pooled = kv.PoolOp("max", 7, over_g.res)
-    for op in (attn, over_q, over_g, pooled, kv.EvidenceOp("logit", "forward", 0), kv.EvidenceOp("attn", "peek", 3)):
+    sampled = kv.EvidenceOp("attn", ("sample", 0, Fraction(1, 20)))
+    for op in (attn, over_q, over_g, pooled, sampled, kv.EvidenceOp("logit"), NoiseOp(7)):
         b.add(op)
+    b.add(kv.EvidenceOp("attn", ("peek", 3, Fraction(0)), per_unit=True))
     four, prompt = b.const(), kv.ScalarOp("prompt")
     tenth = b.const("1/10")
-    part = kv.BinaryOp("*", tenth.res, prompt.res)
+    share_of = kv.BinaryOp("*", tenth.res, prompt.res)
     first = kv.CountOp("first", four.res)
-    shared = kv.CountOp("b", part.res, ("pyramid", Fraction(20)), [first.res])
-    for op in (prompt, part, first, shared):
+    for op in (prompt, share_of, first):
+        b.add(op)
+    parts = [part(b, op) for op in _shares(four.res, share_of.res, first.res, over_g.res)]
+    shared = kv.CountOp("b", parts[0].res)
+    size_of_row = BytesOp(4096)
+    for op in (shared, size_of_row, kv.CountOp("2MB", size_of_row.res)):
         b.add(op)
     key, ahead = kv.FieldOp("k"), kv.FieldOp("next.k")
     low = kv.ReduceOp("min", "i", ahead.res)
@@ -72,35 +92,91 @@ def everything() -> ModuleOp:
     gap = kv.BinaryOp("-", key.res, mark.res)
     size = kv.UnaryOp("norm", gap.res)
     close = kv.PairOp("cos", key.res, mark.res)
-    for op in (mark, gap, size, close):
+    query = QueriesOp(("last", 1, Fraction(0)))
+    learned = LearnedOp("cis", "heads.safetensors", [query.res, key.res])
+    for op in (mark, gap, size, close, query, learned):
         b.add(op)
     for op in (StateOp("acc", four.res, over_g.res), StateOp("still", four.res, None), kv.ReadOp("acc")):
         b.add(op)
+    b.add(UpdateOp("attend", [("still", over_g.res), ("acc", four.res)], where=over_g.res))
+    b.add(UpdateOp("insert", [("still", learned.res)]))
     regions = [
         RegionOp("all"),
         RegionOp("sink", first.res),
         RegionOp("newest", unit="lot"),
         RegionOp("random", first.res, seed=3),
+        RegionOp("picked", pick="t"),
     ]
+    of_units = kv.FieldOp("k", per_unit=True)
+    lengths = kv.UnaryOp("norm", of_units.res)
+    mean = kv.ReduceOp("mean", "i", lengths.res)
+    for op in (of_units, lengths, mean):
+        b.add(op)
     tops = [
         TopOp("top", pooled.res, shared.res, "across", Fraction(1, 5)),
         TopOp("bottom", size.res, Fraction(3, 10), unit="lot", observed=9),
+        TopOp("cover", over_g.res, Fraction(19, 20), layers="across"),
+        TopOp("where", over_g.res, None),
+        TopOp("top", over_q.res, first.res, "query_head"),
+        TopOp("top", mean.res, first.res, "shared", whole="lot", layers="shared", sharing=8),
     ]
     for op in (*regions, *tops):
         b.add(op)
     union = UnionOp([op.res for op in (*regions, *tops)])
     b.add(union)
     b.add(HeadsOp("far", "table", "masks.tsv", Fraction(3, 10)))
+    b.add(HeadsOp("far", "probe", "echo", Fraction(1, 100), 500))
     b.add(HeadsOp("near", "rest"))
     b.add(ClassOp("far", "far", None))
     b.add(ClassOp("layers 0, last", None, [(0, 0), (-1, -1)]))
     b.add(ClassOp("all", None, None))
-    keep = KeepOp("all", union.res, [TriggerAttr("chunk", 512), TriggerAttr("filled", 2, "lot")])
+    likeness, again = SimOp(), SimOp()
+    usual = kv.ReduceOp("mean", "i", again.res)
+    before = EmaOp(0, Fraction(1, 2), usual.res)
+    alike = kv.BinaryOp(">=", likeness.res, before.res)
+    losers = [
+        LoserOp("merge", "cos", "k", when=alike.res, weight=likeness.res),
+        LoserOp("merge", "distance"),
+        LoserOp("fold", "mean"),
+        LoserOp("fold", "dct", part=Fraction(1, 2)),
+        LoserOp("drop"),
+    ]
+    for op in (likeness, again, usual, before, alike, *losers):
+        b.add(op)
+    late = kv.BinaryOp(">", prompt.res, four.res)
+    b.add(late)
+    keep = KeepOp(
+        "all",
+        union.res,
+        [TriggerAttr("chunk", 512), TriggerAttr("filled", 2, "lot"), TriggerAttr("every", 4, cond=0)],
+        [late.res],
+        [loser.res for loser in losers],
+    )
     keep.location = b.places.location(SOURCE.span(19, 43))
     b.add(keep)
+    b.add(KeepOp("all", union.res, [TriggerAttr("step")]))
+    b.add(PickOp("t", "all", union.res, [TriggerAttr("when", cond=0)], [late.res]))
     b.add(SiteOp(0, ["all", "layers 0, last"]))
+    b.add(PositionsOp("compact"))
     b.add(ScheduleOp(512, 3, 64, 16))
     return b.module
+
+
+def _shares(four: SSAValue, total: SSAValue, count: SSAValue, score: SSAValue) -> list[ShareOp]:
+    weights = [Fraction(1), Fraction(1, 3)]
+    return [
+        ShareOp("b", total, "pyramid", beta=Fraction(20), reserve=[count], sharing=2),
+        ShareOp("c", total, "softmax", score=four),
+        ShareOp("d", total, "cover", score=score),
+        ShareOp("e", total, "table", table="layers.txt", weights=weights),
+    ]
+
+
+def part(b: Build, share: ShareOp) -> PartOp:
+    b.add(share)
+    op = PartOp(share.res)
+    b.add(op)
+    return op
 
 
 def test_every_operation_survives_the_text() -> None:
@@ -128,7 +204,32 @@ def test_every_operation_survives_the_text() -> None:
         ('kv.field "k"', 'kv.field "knee"', "unknown field"),
         ('over "forward" 0', 'over "forward" 3', "'forward' takes 0"),
         ('over "peek" 3', 'over "peek" 0', "'forward' takes 0"),
-        ('share "pyramid" "20"', 'share "pyramid" "1/2"', "at least 1"),
+        ('by "pyramid" beta "20"', 'by "pyramid" beta "1/2"', "at least 1"),
+        ('by "pyramid" beta "20"', 'by "pyramid"', "has a number of at least 1"),
+        ('by "softmax" of', 'by "cover" of', "measures axes 'i', found ''"),
+        ('table "layers.txt" weights', "weights", "weights come from a table"),
+        ('weights ["1", "1/3"]', 'weights ["1", "-1/3"]', "not negative"),
+        ("sharing 2", "sharing 1", "2 or more"),
+        ('part "1/20"', "", "a sample is a part"),
+        ("kv.bytes 4096", "kv.bytes -1", "not negative"),
+        ('kv.ema 0 "1/2"', 'kv.ema 0 "3/2"', "beta between 0 and 1"),
+        ('kv.update "attend"', 'kv.update "sleep"', "unknown event"),
+        ('["still", "acc"]', '["still"]', "1 states for 2 values"),
+        ('["still", "acc"]', '["lost", "acc"]', "undeclared states lost"),
+        ('kv.region "picked" pick "t"', 'kv.region "picked"', "picked needs pick"),
+        ('kv.region "picked" pick "t"', 'kv.region "picked" pick "u"', "undeclared pick 'u'"),
+        ('kv.top "cover" by', 'kv.top "where" by', "takes all that it holds for"),
+        ('scope "query_head" :', 'scope "head" :', "one score per competitor (axes 'i' or 'ui'), found 'gi'"),
+        ('whole "lot"', 'whole "lost"', "undeclared unit 'lost'"),
+        ('layers "shared" sharing 8', 'layers "across" sharing 8', "no others, have a number"),
+        ('kv.loser "merge" by "cos" of "k"', 'kv.loser "merge" by "cos"', "merge cos of ''"),
+        ('kv.loser "fold" by "mean"', 'kv.loser "fold" by "median"', "unknown way to fold"),
+        ('by "dct" part "1/2"', 'by "dct"', "leave a part"),
+        ('"every", 4, "", 0>', '"every", 4, "">', "triggers name 0 conditions of 1"),
+        ('"when", 0, "", 0>', '"when", 0, "">', "when needs a condition"),
+        ('"echo" top "1/100"', '"louder" top "1/100"', "unknown probe"),
+        ('"echo" top "1/100"', '"echo"', "a probe has a part of the heads"),
+        ('kv.positions "compact"', 'kv.positions "odd"', "unknown positions"),
         ('kv.region "all"', 'kv.region "sink"', "sink needs number of entries"),
         ('kv.region "newest" of "lot"', 'kv.region "newest" of "lost"', "undeclared unit 'lost'"),
         (' seed 3', "", "random needs seed"),

@@ -56,26 +56,28 @@ PUBLISHED = [
 
 
 def test_every_published_policy_is_there() -> None:
-    assert list(library.names()) == PUBLISHED
+    assert set(library.names()) >= set(PUBLISHED)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", library.names())
 def test_policy_checks_without_errors(name: str) -> None:
     findings = check(resolve(load(name)))
     assert [str(d) for d in findings if d.severity == "error"] == []
-    assert [d.code for d in findings if d.severity == "warning"] == (["K401"] if name == "d2o" else [])
+    averages = name in ("d2o", "elastic", "razor")  # keys after their rotation, as published
+    assert [d.code for d in findings if d.severity == "warning"] == ["K401"] * averages
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", library.names())
 def test_file_says_what_it_is(name: str) -> None:
     written = library.read(name)
     assert written.startswith("# ") and written.endswith("\n")
     assert all(len(line) <= 120 and line == line.rstrip() for line in written.splitlines())
     assert [policy.name for policy in parse(written).policies] == [name]
+    assert len([line for line in written.splitlines() if line.strip() and not line.startswith("#")]) <= 15
 
 
 def test_meanings_differ() -> None:
-    digests = {name: resolve(load(name)).digest for name in PUBLISHED}
+    digests = {name: resolve(load(name)).digest for name in library.names()}
     assert len(set(digests.values())) == len(digests)
 
 

@@ -261,3 +261,39 @@ def test_digest_depends_on_meaning_only() -> None:
     assert resolved("snapkv", budget="512").digest == resolved("snapkv", budget=512).digest
     assert resolved("snapkv").digest != resolved("snapkv", budget=512).digest
     assert resolved("duo").digest != resolved("prulong").digest
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        "keep sink(1e18 * 10)",
+        "keep sink(999999999999999999k)",
+        "keep sink(1 / 999999999999999999 / 999999999999999999 / 999999999999999999)",
+        "keep top(" + " * ".join(["999999999999999999"] * 40) + ") by norm(k)",
+        "at every(n * 1000000)",
+    ],
+)
+def test_constants_are_bounded_as_numbers_are(clause: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        resolve(load(f"policy p(n=999999999999999):\n    {clause}\n"))
+    assert caught.value.diagnostics[0].code == "K007" and caught.value.diagnostics[0].line == 2
+
+
+@pytest.mark.parametrize(("length", "step"), [(60, "p{0} + p{0}"), (1500, "p{0}")])
+def test_parameters_that_grow_when_written_out_are_refused(length: int, step: str) -> None:
+    params = ", ".join(["p0=1", *(f"p{i}={step.format(i - 1)}" for i in range(1, length))])
+    with pytest.raises(PolicyError) as caught:
+        resolve(load(f"policy p({params}):\n    keep sink(p{length - 1})\n"))
+    assert caught.value.diagnostics[0].code == "K008"
+
+
+def test_lines_of_parents_and_policies_in_a_text_are_bounded() -> None:
+    first = "policy p0():\n    keep all\n"
+    line = "".join(f"policy p{i}() extends p{i - 1}\n" for i in range(1, 60))
+    with pytest.raises(PolicyError) as caught:
+        resolve(load(first + line, "p59"))
+    assert caught.value.diagnostics[0].code == "K008"
+    assert resolve(load(first + line, "p20")).name == "p20"
+    with pytest.raises(PolicyError) as caught:
+        load(first + "".join(f"policy p{i}() extends p0\n" for i in range(1, 90)), "p3")
+    assert caught.value.diagnostics[0].code == "K009"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -50,6 +50,14 @@ BROKEN = [
     ("policy p(n):\n    keep all\n", "K001", 1, 11, "NAME(param=default"),
     ("learn a for b:\n    keep all\n", "K001", 2, 5, "gate, mix, loss, freeze"),
     ("heads a = rest:\n    keep all\n", "K001", 1, 15, "`heads` line"),
+    ("policyp():\n    keep all\n", "K001", 1, 1, "between `policy` and `p`"),
+    ("headsegment = rest\n", "K001", 1, 1, "`headsegment` is no word"),
+    (HEAD + "    keep sink(4) elsedrop\n", "K001", 2, 18, "between `else` and `drop`"),
+    (HEAD + "    keep sink(4) elsewhere drop\n", "K001", 2, 18, "`elsewhere` is no word"),
+    (HEAD + "    at step ifx > 3\n", "K001", 2, 13, "between `if` and `x`"),
+    (HEAD + "    layers last2: keep all\n", "K001", 2, 12, "`last2` is no word"),
+    (HEAD + "    score s = 4x\n", "K001", 2, 15, "`4 * x`"),
+    ("| x\n", "K001", 1, 1, "a file holds"),
 ]
 
 
@@ -61,6 +69,64 @@ def test_broken_text(source: str, code: str, line: int, column: int, words: str)
     assert (found.code, found.line, found.column) == (code, line, column)
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"p.kvp:{line}:{column}: error[{code}]: ")
+
+
+def codes(source: str) -> list[tuple[str, int, int]]:
+    with pytest.raises(PolicyError) as caught:
+        parse(source, "p.kvp")
+    assert all(d.hint and d.span.source.text == source for d in caught.value.diagnostics)
+    return [(d.code, d.line, d.column) for d in caught.value.diagnostics]
+
+
+def test_every_broken_clause_is_told() -> None:
+    source = """\
+policy p(n=4):
+    kep all  # a comment stays out of it
+    keep sink((n) | recent(4)
+        | top(3) by s
+
+    at prefill.end
+    score s = norm k
+    layers 0 1:
+        keep all
+    on attend:
+        acc + 1
+polic q():
+    keep all
+learn a for p:
+    mix 1 -
+policy r(a):
+    keep $
+"""
+    assert codes(source) == [
+        ("K001", 2, 5),
+        ("K003", 3, 14),
+        ("K001", 7, 20),
+        ("K001", 8, 14),
+        ("K001", 11, 13),
+        ("K001", 12, 1),
+        ("K001", 15, 12),
+        ("K001", 16, 11),
+    ]
+
+
+def test_numbers_and_arguments_are_told_beside_words() -> None:
+    source = HEAD + "    keep sink(a=1, 2)\n    at chunk(" + "9" * 40 + ")\n    keep %\n"
+    assert codes(source) == [("K014", 2, 20), ("K007", 3, 14), ("K002", 4, 10)]
+
+
+def test_a_block_of_one_broken_clause_causes_no_second_finding() -> None:
+    assert codes(HEAD + "    x\npolicy q():\n    keep $\n")[0] == ("K001", 2, 5)
+    assert codes(HEAD + "    on attend:\n        acc + 1\n    keep all\n") == [("K001", 3, 13)]
+    assert codes(HEAD + "    layers 0:\n        keep [\n    keep all\n    at $\n") == [("K001", 3, 14), ("K002", 5, 8)]
+
+
+def test_faults_of_the_layout_end_the_search() -> None:
+    assert codes(HEAD + "\tkeep all\n\tkeep $\n") == [("K004", 2, 1)]
+
+
+def test_there_is_an_end_to_findings() -> None:
+    assert 10 < len(codes(HEAD + "    keep $\n" * 300)) <= 21
 
 
 def test_rendering_is_exact() -> None:
@@ -141,14 +207,26 @@ def mutated(draw: st.DrawFn) -> str:
 
 
 def test_work_grows_with_the_text_not_with_its_square() -> None:
-    def seconds(clauses: int) -> float:
+    def calls(clauses: int) -> int:
+        """Calls of functions, ours and others', that a text of so many clauses takes: the same on any machine."""
         text = "policy p():\n" + "    keep sink(4)\n    at step\n" * clauses
-        began = time.process_time()
-        assert any(d.code == "K106" for d in check(resolve(load(text))))
-        return time.process_time() - began
+        count = 0
 
-    seconds(10)  # builds the grammar
-    assert seconds(6000) < 9 * seconds(1500)  # in proportion: 4 times; by the square: 16 times
+        def one_more(frame: object, event: str, arg: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        before = sys.getprofile()
+        sys.setprofile(one_more)
+        try:
+            found = check(resolve(load(text)))
+        finally:
+            sys.setprofile(before)
+        assert any(d.code == "K106" for d in found)
+        return count
+
+    calls(10)  # builds the grammar
+    assert calls(1000) < 6 * calls(250)  # in proportion: 4 times; by the square: 16 times
 
 
 def test_depth_at_the_limit_passes_every_stage() -> None:

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 import kvcompile
-from kvcompile.kernels.evaluate import Queries, Rows, score
-from kvcompile.kernels.plan import ClassPlan, Expr, ModelFacts, PolicyPlan, QuerySource, Selection
+from kvcompile.kernels import evaluate
+from kvcompile.kernels.evaluate import Queries, Rows, number, score
+from kvcompile.kernels.plan import (
+    ClassPlan,
+    Expr,
+    ModelFacts,
+    PolicyPlan,
+    QuerySource,
+    Selection,
+    UnitPlan,
+)
 from kvcompile.kernels.select import Plainly, keep_mask
 from tests.kernels.triton_interpreted.plans import ACC, attn, binary, const, named, reduce
 from tests.models import random_model, tokens
@@ -181,3 +190,153 @@ def test_positions_and_lengths_are_numbers_of_the_row() -> None:
     rows = rows_of(9)
     formula = binary("/", named("field", "pos"), named("scalar", "len"))
     assert torch.allclose(value(formula, rows), torch.arange(9.0)[None] / 9)
+
+
+# -- leaves ------------------------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+def with_state(values: list[float]) -> Rows:
+    rows = rows_of(max(9, len(values)))
+    return replace(rows, state={"acc": torch.tensor([values + [0.0] * (9 - len(values))])})
+
+
+def test_tokens_of_an_entry_are_one_unless_it_stands_for_more() -> None:
+    rows, count = rows_of(9), named("field", "count")
+    assert value(count, rows).tolist() == [[1.0] * 9]
+    merged = replace(rows, state={"@count": torch.arange(9.0)[None]})
+    assert value(count, merged).tolist() == [list(range(9))]
+
+
+def test_numbers_of_the_sequence() -> None:
+    rows = replace(rows_of(9, heads=2), step=torch.tensor([3, 3]), chunk=torch.tensor([5, 5]))
+    for name, meant in (("step", 3), ("chunk", 5), ("now", 8), ("prompt", 9), ("len", 9)):
+        assert number(named("scalar", name), rows).tolist() == [meant, meant]
+
+
+@pytest.mark.parametrize("op", ["<", "<=", ">", ">=", "==", "!="])
+def test_a_comparison_with_nan_is_false(op: str) -> None:
+    rows = with_state([NAN, 1.0])
+    assert value(binary(op, ACC, const(2)), rows)[0, 0] == 0
+    assert value(binary(op, const(2), ACC), rows)[0, 0] == 0
+    assert bool(value(binary(op, ACC, const(2)), rows)[0, 1]) == (op in ("<", "<=", "!="))
+
+
+@pytest.mark.parametrize(("op", "meant"), [("and", [0, 0, 0, 1]), ("or", [0, 1, 1, 1])])
+def test_nan_is_no_truth(op: str, meant: list[int]) -> None:
+    rows = with_state([NAN, NAN, 1.0, 1.0])
+    other = replace(rows, state=rows.state | {"b": torch.tensor([[0.0, 1.0, NAN, 2.0] + [0.0] * 5])})
+    assert value(binary(op, ACC, named("state", "b")), other)[0, :4].tolist() == meant
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ([NAN, 0.0, 0.0], [0.0, 0.5, 0.5]),
+        ([-INF, 3.0, NAN], [0.0, 1.0, 0.0]),
+        ([INF, 3.0, INF], [0.5, 0.0, 0.5]),
+        ([NAN, -INF, NAN], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_softmax_gives_no_mass_to_what_is_no_number(values: list[float], meant: list[float]) -> None:
+    rows = rows_of(8)
+    rows = replace(rows.until(3), state={"acc": torch.tensor([values])}, queries=None)
+    assert value(reduce("softmax", "i", ACC), rows)[0].tolist() == meant
+
+
+def test_softmax_over_all_heads_of_the_layer_is_one_softmax() -> None:
+    rows = rows_of(9, heads=2)
+    logits = reduce("mean", "q", attn("last", 2, "attn"))
+    got = score(reduce("softmax", "h", logits), rows, rows.resident, groups=True)
+    assert rows.queries is not None
+    plain = evaluate.evidence(rows, LAST_2, "attn").mean(2)
+    assert torch.allclose(got, torch.softmax(plain.flatten(0, 1), 0).unflatten(0, (2, 2)), atol=1e-6)
+
+
+def test_the_spread_over_queries_of_what_some_may_not_read_is_no_number() -> None:
+    rows = rows_of(9)
+    got = value(reduce("mean", "g", reduce("var", "q", attn("last", 8, "logit"))), rows)
+    assert got[0, :2].isfinite().all()
+    assert got[0, 2:].isnan().all()  # the oldest of 8 queries stands at 1
+
+
+def test_the_spread_of_one_value_is_0() -> None:
+    rows = rows_of(9)
+    assert value(reduce("var", "d", reduce("sum", "d", named("field", "k"))), rows).tolist() == [[0.0] * 9]
+
+
+def test_query_heads_may_be_left_open() -> None:
+    rows = rows_of(9, heads=2)
+    formula = reduce("sum", "q", attn("last", 8))
+    got = score(formula, rows, rows.resident, groups=True)
+    assert torch.allclose(got, evaluate.evidence(rows, LAST_8, "attn").sum(2))
+    assert torch.allclose(got.mean(1), value(reduce("mean", "g", formula), rows), atol=1e-6)
+    assert score(ACC, rows, rows.resident, groups=True).shape == (2, 1, 9)
+
+
+def test_a_number_of_the_row_is_the_mean_over_queries_that_are_there() -> None:
+    rows = rows_of(3, absent=5)
+    assert rows.queries is not None
+    mine = Expr("queries", (), LAST_8)
+    got = number(Expr("unary", (mine,), "norm"), rows)
+    assert torch.allclose(got, rows.queries[LAST_8].q[:, :, 5:].norm(dim=-1).mean((1, 2)))
+    assert torch.allclose(number(reduce("var", "i", ACC), rows), rows.state["acc"].var(1))
+
+
+def test_the_cosine_of_the_newest_query_and_the_one_before() -> None:
+    rows = rows_of(9, heads=2)
+    assert rows.queries is not None
+    newest, before = QuerySource("last", 1), QuerySource("previous", 1)
+    q, at = rows.queries[LAST_8].q, rows.queries[LAST_8].pos
+    asked = {newest: Queries(q[:, :, 7:], at[:, 7:]), before: Queries(q[:, :, 6:7], at[:, 6:7])}
+    formula = Expr("pair", (Expr("queries", (), newest), Expr("queries", (), before)), "cos")
+    got = number(formula, replace(rows, queries=asked))
+    assert torch.allclose(got, torch.cosine_similarity(q[:, :, 7], q[:, :, 6], -1).mean(1), atol=1e-6)
+
+
+def test_leaves_and_members_may_be_given() -> None:
+    rows = rows_of(9, heads=2)
+    some = torch.arange(9).expand(2, -1) % 2 == 0
+    likeness = torch.rand(2, 9)
+    sim = Expr("sim")
+    got = score(binary("-", sim, reduce("mean", "i", sim)), rows, some, leaves={("sim", None): likeness}, among=some)
+    assert torch.allclose(got, likeness - likeness[:, ::2].mean(1, keepdim=True), atol=1e-6)
+    ema = Expr("ema", (reduce("mean", "i", sim),), (0, Fraction(1, 2)))
+    given = {("sim", None): likeness, ("ema", ema.value): likeness[:, 0]}
+    got = score(binary(">=", sim, ema), rows, some, leaves=given)
+    assert torch.equal(got.bool(), likeness >= likeness[:, :1])
+
+
+@pytest.mark.parametrize("fn", ["sum", "mean", "max", "softmax"])
+def test_queries_taken_block_by_block_give_the_same(fn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(9, heads=2)
+    inside = binary("*", reduce("softmax", "i", attn("last", 8, "logit")), binary("+", attn("last", 8), const(1)))
+    over = reduce("sum", "q", reduce("softmax", "q", inside)) if fn == "softmax" else reduce(fn, "q", inside)
+    formula = reduce("mean", "h", over)
+    whole = value(formula, rows)
+    for wide in (1, 50, 100):
+        monkeypatch.setattr(evaluate, "WIDE", wide)
+        assert torch.allclose(value(formula, rows), whole, atol=1e-6)
+
+
+def test_what_is_added_to_logits_reaches_every_query() -> None:
+    rows = rows_of(9)
+    bias = torch.zeros(1, 9)
+    bias[0, 0] = float(torch.tensor(5.0).log())
+    got = evaluate.evidence(replace(rows, bias=bias), LAST_2, "attn")
+    weights = evaluate.evidence(rows, LAST_2, "attn") * torch.tensor([5.0] + [1.0] * 8)
+    assert torch.allclose(got, weights / weights.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_pooling_runs_over_the_row_where_scores_are_of_units() -> None:
+    rows, unit = rows_of(10), UnitPlan("lot", 4, 0)
+    candidates = torch.tensor([[True] * 8 + [False, True]])
+    pooled = Expr("pool", (binary("+", ACC, reduce("min", "i", ACC)),), ("max", 3))
+    got = score(pooled, rows, candidates, unit)[0]
+    acc = rows.state["acc"][0]
+    plain = [float(acc[i] + acc[i // 4 * 4 : i // 4 * 4 + 4].min()) for i in range(10)]
+    places = [i for i in range(10) if candidates[0, i]]
+    for n, i in enumerate(places):
+        near = [plain[j] for j in places[max(0, n - 1) : n + 2]]
+        assert float(got[i]) == pytest.approx(max(near))

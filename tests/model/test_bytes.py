@@ -15,6 +15,8 @@ from tests.models import random_model, tokens
 
 # Page tables, lengths and the like: small, and no part of the pools.
 BOOKKEEPING = 48 * 1024
+# Cosine and sine of 256 places, float32, where keys lie unrotated.
+ANGLES = 2 * 4 * 64 * 256
 
 
 def live_bytes() -> int:
@@ -37,9 +39,10 @@ def is_fake(tensor: torch.Tensor) -> bool:
 @pytest.mark.parametrize("name", LIBRARY)
 def test_p4_allocated_is_what_the_process_really_holds(name, backend, tmp_path):
     sample = LIBRARY[name](Sizes(budget=40, observe=8, chunk=64, percent=25))
-    model = random_model("llama64")
-    kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **sample.options(tmp_path))
+    model, options = sample.model(), sample.options(tmp_path)
+    trained = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))  # weights are no part of the cache
     before = live_bytes()
+    kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **options)
     ids = torch.tensor([tokens(240, seed=1)])
     with torch.no_grad():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -49,7 +52,7 @@ def test_p4_allocated_is_what_the_process_really_holds(name, backend, tmp_path):
     report = kvcompile.report(model).to_dict()
     assert report["bytes_resident"] <= report["bytes_allocated"] <= report["bytes_peak"]
     assert report["bytes_allocated"] <= held + 1, "claims pools that are not there"
-    assert held <= report["bytes_allocated"] + BOOKKEEPING, "holds more than it says"
+    assert held <= report["bytes_allocated"] + trained + BOOKKEEPING, "holds more than it says"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,17 +60,20 @@ def test_p4_allocated_is_what_the_process_really_holds(name, backend, tmp_path):
 def test_p4_resident_is_the_entries_in_whole_pages(name, backend, tmp_path):
     """Resident bytes lie between the kept keys and values themselves and those with a page of waste per row."""
     sample = LIBRARY[name](Sizes(budget=40, observe=8, chunk=64, percent=25))
-    model = random_model("llama64")
+    model = sample.model()
     kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **sample.options(tmp_path))
     seen = drive(model, tokens(200, seed=3), *one_by_one(tokens(3, seed=4)))
-    lengths = [len(head) for layer in seen[-1].kept[0] for head in layer]
+    positions = [len(head) for layer in seen[-1].kept[0] for head in layer]
     report = kvcompile.report(model).to_dict()
     entry = 2 * 64 * 4
-    assert torch.tensor(report["lengths"]).flatten().tolist() == lengths
-    assert report["bytes_full"] == 6 * 203 * entry
+    lengths = torch.tensor(report["lengths"]).flatten().tolist()
+    # What razor has folded has no position, but it is an entry.
+    assert all(n - p in ((0, 1) if name == "razor" else (0,)) for n, p in zip(lengths, positions, strict=True))
+    assert report["bytes_full"] == len(lengths) * 203 * entry
     assert sum(lengths) * entry <= report["bytes_resident"]
     # positions, flags and states: at most 16 bytes an entry; an extent of the cpu backend is at most 64 longer
-    assert report["bytes_resident"] <= sum(n + 64 for n in lengths) * (entry + 16)
+    angles = ANGLES if name in ("streaming_compact", "freqkv") else 0
+    assert report["bytes_resident"] <= sum(n + 64 for n in lengths) * (entry + 16) + angles
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,7 +81,7 @@ def test_p4_resident_is_the_entries_in_whole_pages(name, backend, tmp_path):
 def test_p4_memory_stays_within_the_plan(name, backend, tmp_path):
     sample = LIBRARY[name](Sizes(budget=40, observe=8, chunk=64, percent=25))
     options = sample.options(tmp_path)
-    model = random_model("llama64")
+    model = sample.model()
     plan = kvcompile.explain(sample.policy, model, prompt=200, generate=20, **options).to_dict()
     kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **options)
     drive(model, tokens(200, seed=5), *one_by_one(tokens(20, seed=6)))

@@ -57,35 +57,34 @@ def test_p8_sampling_and_output_options_go_through():
 def test_generate_gives_the_oracles_logits(name, tmp_path):
     """The tokens that generate() picked are forced on the oracle, which must give the same logits for each."""
     sample, options = options_of(name, tmp_path)
-    model = random_model("llama64")
+    model = sample.model()
     kvcompile.optimize(model, sample.policy, backend="cpu", compile="off", **options)
     prompt = tokens(37, seed=2)
     made = model.generate(
         torch.tensor([prompt]), max_new_tokens=7, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
     chosen = made.sequences[0, len(prompt) :].tolist()
-    truth = Oracle(random_model("llama64"), sample.rule())
+    truth = Oracle(sample.model(), sample.rule())
     logits = truth.run(prompt, chosen[:-1])
     assert truth.closest > 1e-6
     for step, (mine, expected) in enumerate(zip(made.logits, logits, strict=True)):
         same(mine[0], expected[-1], f"token {step}")
     cache = made.past_key_values
-    assert [[p.tolist() for p in cache.positions(layer)] for layer in range(3)] == [
-        [list(head) for head in layer] for layer in truth.kept()
-    ]
+    expected = [[list(head) for head in layer] for layer in truth.kept()]
+    assert [[p.tolist() for p in cache.positions(layer)] for layer in range(len(expected))] == expected
 
 
 # -- the graph pass and P5 --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "cpu"])
 @pytest.mark.parametrize("name", LIBRARY)
 def test_logits_with_and_without_the_graph_pass(name, backend, tmp_path):
     sample, options = options_of(name, tmp_path)
     turns = [tokens(37, seed=4), *one_by_one(tokens(4, seed=5)), tokens(11, seed=6), *one_by_one(tokens(2, seed=7))]
     seen = {}
     for way in COMPILED:
-        model = random_model("llama64")
+        model = sample.model()
         kvcompile.optimize(model, sample.policy, backend=backend, compile=way, **options)
         seen[way] = drive(model, *turns)
     for i, (plain, compiled) in enumerate(zip(seen["off"], seen["eager"], strict=True)):
@@ -126,7 +125,7 @@ def five_prompts(name, folder, new_tokens):
     sample, options = options_of(name, folder)
     torch.compiler.reset()
     counters.clear()
-    model = random_model("llama64")
+    model = sample.model()
     kvcompile.optimize(model, sample.policy, backend="cpu", compile="eager", **options)
     graphs = []
     for n in (40, 57, 96, 33, 70):
@@ -212,7 +211,7 @@ def test_two_models_do_not_share_anything():
 @pytest.mark.parametrize("name", ["streaming", "h2o", "adakv", "lagkv"])
 def test_several_live_caches_take_turns(name, backend, tmp_path):
     sample, options = options_of(name, tmp_path)
-    model = random_model("llama64")
+    model = sample.model()
     kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **options)
     prompts = [tokens(40, seed=1), tokens(23, seed=2)]
     forced = [tokens(5, seed=3), tokens(5, seed=4)]
@@ -244,7 +243,7 @@ def test_a_dropped_cache_gives_its_memory_back():
 def test_a_conversation_goes_on_from_its_cache(name, tmp_path):
     """generate(past_key_values=...) with the whole text so far: only what the cache has not seen is fed."""
     sample, options = options_of(name, tmp_path)
-    model = random_model("llama64")
+    model = sample.model()
     kvcompile.optimize(model, sample.policy, backend="cpu", compile="off", **options)
     first, second = tokens(24, seed=5), tokens(9, seed=6)
     request = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

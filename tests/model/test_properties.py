@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import kvcompile
 from tests import oracle_policies as rules
+from tests import oracle_states as stateful
 from tests.driving import BACKENDS, LIBRARY, NEAR_TIE, Sample, Sizes, drive, examples, one_by_one, same, sizes
 from tests.models import FAMILIES, random_model, tokens
 from tests.oracle import Oracle
@@ -23,15 +24,15 @@ FAMILY = st.sampled_from(FAMILIES)
 
 def check(sample: Sample, family: str, backend: str, turns: list[list[int]]) -> Oracle:
     """Runs product and oracle over the same turns; logits and kept positions must agree after each."""
-    truth = Oracle(random_model(family), sample.rule())
+    truth = Oracle(sample.model(family), sample.rule())
     expected = []
     for turn in turns:
         logits = truth.feed(turn)
         expected.append((logits, truth.kept()))
     assume(truth.closest > NEAR_TIE)
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model(family)
-        options = sample.options(Path(folder))
+        model = sample.model(family)
+        options = sample.options(Path(folder), family)
         kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **options)
         seen = drive(model, *turns)
     for i, (found, (logits, positions)) in enumerate(zip(seen, expected, strict=True)):
@@ -89,6 +90,18 @@ CUT_H2O = CUT.format(
 )
 
 
+CUT_KEYFORMER = CUT.format(
+    declared="    state acc = 0\n    on attend: acc += sum[q] softmax[i]((logit + gumbel(3)) / (1 + 0.01 * step))",
+    keep="keep recent(20% of prompt) | top(25% of prompt) by acc per head",
+)
+CUT_LAZY = CUT.format(
+    declared="""    state seen = now, gap = 1
+    on attend where max[g] attn > 0.05: gap = max(gap, now - seen), seen = now
+    score s = sigmoid(-(now - seen) / gap) + sigmoid(-1 / gap)""",
+    keep="keep recent(4) | top(9) by s per head",
+)
+
+
 class H2OAtPrefillEnd(rules.H2O):
     """The local class of CUT_H2O: judged when the prompt is done, never in decode."""
 
@@ -97,9 +110,29 @@ class H2OAtPrefillEnd(rules.H2O):
             rules.H2O.decide(self, oracle, layer, heads, piece)
 
 
+class KeyformerAtPrefillEnd(stateful.Keyformer):
+    """The same of CUT_KEYFORMER."""
+
+    def decide(self, oracle, layer, heads, piece):
+        if piece.fires("prefill.end"):
+            stateful.Keyformer.decide(self, oracle, layer, heads, piece)
+
+
+class LazyAtPrefillEnd(stateful.Lazy):
+    """The local class of CUT_LAZY: its states are sequential, each query's update follows from the one before."""
+
+    def decide(self, oracle, layer, heads, piece):
+        if piece.fires("prefill.end"):
+            for head in heads:
+                row = oracle.rows[layer][head]
+                rules.keep_set(row, self.due(oracle, row, piece))
+
+
 JUDGES = {
     "snapkv": (CUT_SNAPKV, rules.SnapKV(budget=13, observe=4, pool=3)),
     "h2o": (CUT_H2O, H2OAtPrefillEnd(heavy=Fraction(1, 4), local=Fraction(1, 5))),
+    "keyformer": (CUT_KEYFORMER, KeyformerAtPrefillEnd(heavy=Fraction(1, 4), local=Fraction(1, 5), seed=3)),
+    "lazy": (CUT_LAZY, LazyAtPrefillEnd(budget=13, window=4, alpha=0.05)),
 }
 
 
@@ -123,12 +156,12 @@ def test_p3_the_cut_does_not_matter_where_the_meaning_says_so(judge, backend, da
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["streaming", "h2o", "tova", "lagkv", "prulong"])
+@pytest.mark.parametrize("name", LIBRARY)
 def test_p7_protected_entries_and_unique_positions_through_a_long_decode(name, backend, tmp_path):
     """48 steps: far more than a page; every row holds its regions, each position once, and the newest entry."""
     size = Sizes(budget=14, sink=3, chunk=8, percent=25, mask=((1, 0), (0, 1), (0, 0)))
     sample = LIBRARY[name](size)
-    model = random_model("llama64")
+    model = sample.model()
     kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **sample.options(tmp_path))
     prompt = tokens(40, seed=7)
     seen = drive(model, prompt, *one_by_one(tokens(48, seed=8)))
@@ -144,25 +177,40 @@ def test_p7_protected_entries_and_unique_positions_through_a_long_decode(name, b
 
 def protected(name, size, now, layer, head, prompt) -> set[int]:
     """Positions that the policy's regions name, written from the policy's text."""
-    sink, recent = set(range(size.sink)), set(range(max(0, now + 1 - size.budget), now + 1))
-    if name == "h2o":
-        return set(range(now + 1 - prompt // 10, now + 1))
-    if name == "tova":
-        return set()
-    if name == "lagkv":
-        full = (now + 1 - size.sink) // size.chunk
-        return sink | set(range(size.sink + (full - 1) * size.chunk, now + 1))
-    if name == "prulong" and size.mask[layer][head]:
-        return set(range(now + 1))
-    return sink | recent
+
+    def newest(n: int) -> set[int]:
+        return set(range(max(0, now + 1 - n), now + 1))
+
+    sink = set(range(size.sink))
+    match name:
+        case "h2o" | "keyformer":
+            return newest(prompt // 10)
+        case "tova":
+            return set()
+        case "lagkv":
+            full = (now + 1 - size.sink) // size.chunk
+            return sink | set(range(size.sink + (full - 1) * size.chunk, now + 1))
+        case "lazy" | "r_kv" | "freqkv":
+            return newest({"lazy": 3, "r_kv": size.observe, "freqkv": 8}[name]) | (sink if name == "freqkv" else set())
+        case "elastic" | "razor":
+            return sink | newest(size.observe if name == "elastic" else max(size.observe + 2, now // 5))
+        case "d2o":
+            return newest(now + 1) if layer in (0, 1, 4) else sink
+        case "streaming" | "streaming_compact" | "prulong" | "duo":
+            everything = name in ("prulong", "duo") and size.mask[layer][head]
+            return newest(now + 1) if everything else sink | newest(size.budget)
+    return set(range(prompt, now + 1))  # decided in the prompt: what is generated stays
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["streaming", "h2o", "snapkv", "adakv", "snapkv_chunked", "lagkv"])
+AGAIN = [(name, "cpu") for name in LIBRARY]
+AGAIN += [(name, "reference") for name in ("streaming", "h2o", "snapkv", "adakv", "snapkv_chunked", "lagkv", "lazy")]
+
+
+@pytest.mark.parametrize(("name", "backend"), AGAIN)
 def test_p7_pools_do_not_leak(name, backend, tmp_path):
     """The same prompt again and again on one model: the pools stay as large as after the second time."""
     sample = LIBRARY[name](Sizes())
-    model = random_model("llama64")
+    model = sample.model()
     kvcompile.optimize(model, sample.policy, backend=backend, compile="off", **sample.options(tmp_path))
     turns = [tokens(50, seed=9), *one_by_one(tokens(3, seed=10))]
     sizes_seen, first = [], None

@@ -167,7 +167,7 @@ BAD_POLICIES = {
         "count",
         3,
     ),
-    "not lowered yet": ("policy p():\n    keep recent(8) else fold mean\n    at step\n", {}, "fold", 2),
+    "not lowered yet": ("policy p():\n    keep recent(8) else move cpu\n    at step\n", {}, "move", 2),
 }
 
 

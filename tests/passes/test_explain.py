@@ -53,6 +53,116 @@ def test_bytes_count_positions_marks_states_and_page_waste() -> None:
     assert (twice.bytes, twice.bytes_full, twice.footprint) == (2 * found.bytes, 2 * found.bytes_full, found.footprint)
 
 
+def test_whole_pieces_stand_in_all_layers_where_losers_move() -> None:
+    """Room for what is judged in place: the prompt in every row, beside the piece's own keys and values."""
+    small = config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    text = "policy mine():\n    keep recent(21){}\n    at prefill.end\n"
+    dropped = explain(text.format(""), small, prompt=100)
+    folded = explain(text.format(" else fold mean weight count"), small, prompt=100)
+    slot = 2 * 64 * 2 + 4 + 1 + 4  # the count of each entry is a state
+    fresh = 100 * 2 * 2 * 64 * 2
+    assert dropped.bytes_peak == 2 * 2 * 32 * (slot - 4) + fresh
+    assert folded.bytes_peak == 2 * 2 * 112 * slot + fresh  # 100 entries are seven pages of 16
+    assert [layer.entries for layer in folded.layers] == [44, 44]
+
+
+def test_choices_for_later_layers_and_tables_of_angles_are_counted() -> None:
+    small = config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    plain = explain("streaming", small, prompt=300, n_sink=4, window=60)
+    compact = explain("streaming_compact", small, prompt=300, n_sink=4, window=60)
+    assert compact.bytes == plain.bytes + 2 * 4 * 64 * 512  # cosine and sine of 512 places
+    twice = explain("streaming_compact", small, prompt=300, n_sink=4, window=60, batch=2)
+    assert twice.bytes == 2 * plain.bytes + 2 * 4 * 64 * 512  # once for all sequences
+    lines = ("layers 0:", "    pick t = top(9) by norm(k)", "    keep all", "keep t", "at prefill.end")
+    text = "policy mine():\n" + "".join(f"    {line}\n" for line in lines)
+    picks = explain(text, small, prompt=300)
+    entries = 2 * (304 + 16) * (2 * 64 * 2 + 5)
+    assert picks.bytes == entries + 2 * 512
+
+
+def test_rows_with_several_rules_are_one_class() -> None:
+    text = (
+        "policy mine():\n    keep recent(64) | top(448) by norm(k)\n    at prefill.end\n"
+        "    keep recent(32) | top(96) by mean[g] sum[q in last(4)] attn\n    at every(16) if len > 512\n"
+    )
+    found = explain(text, config(), prompt=4096, generate=40).to_dict()["classes"]
+    assert list(found) == ["all"]
+    assert found["all"]["heads"] == 256
+    assert found["all"]["keep"].splitlines() == [
+        "keep recent(64) | top(448) by norm(k) at prefill.end",
+        "keep recent(32) | top(96) by mean[g] sum[q in last(4)] attn at every(16) if len > 512",
+    ]
+    assert found["all"]["triggers"] == {"prefill.end": 4096, "every(16) if len > 512": 16}
+    assert found["all"]["overshoot"] == 4096 - 512
+    assert "small extra product" in found["all"]["cost"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "triggers", "overshoot"),
+    [
+        (["keep recent(16)", "at chunk(32), step"], {"chunk(32)": 32, "step": 1}, 32),
+        (["keep recent(16)", "at every(8)"], {"every(8)": 8}, 100 + 8 - 16),
+        (["unit lot(8)", "keep newest lot", "at filled(lot, 2)"], {"filled(lot, 2)": 16}, 100 - 4),
+        (["keep recent(16)", "at full(40)"], {"full(40)": None}, 100 - 16),
+        (["keep recent(16)", "at when now > 110"], {"when now > 110": None}, 112 - 16),
+    ],
+)
+def test_overshoot_is_what_piles_up(lines: list[str], triggers: dict[str, int], overshoot: int) -> None:
+    text = "policy mine():\n" + "".join(f"    {line}\n" for line in lines)
+    (part,) = explain(text, config(), prompt=100, generate=20).classes
+    assert part.triggers == triggers
+    assert part.overshoot == overshoot
+
+
+def test_each_score_has_its_cost_and_a_cheaper_neighbour() -> None:
+    found = explain("criticalkv", config(), prompt=4096).to_dict()["classes"]["all"]["scores"]
+    assert [score["score"] for score in found] == [
+        "score s = maxpool(mean[g] sum[q in last(64)] attn, 7)",
+        "(s + 0.0001) * norm(v)",
+    ]
+    assert all("small extra product" in score["cost"] and "knorm" in score["cheaper"] for score in found)
+    dear = explain("h2o", config(), prompt=4096)
+    assert "sum[q in last(64)] attn" in dear.classes[0].scores[0].cheaper
+    assert dear.classes[0].scores[0].cheaper in str(dear)
+    assert not explain("streaming", config(), prompt=4096).classes[0].scores
+
+
+def test_losers_are_named() -> None:
+    (part,) = (c for c in explain("d2o", config(), prompt=4096).classes if c.losers)
+    assert part.losers.startswith("merge into nearest by cos(k)") and part.losers.endswith("else drop")
+    assert explain("snapkv", config(), prompt=4096).classes[0].losers == "drop"
+
+
+def test_entries_by_class_and_layer(half: Path) -> None:
+    found = explain("prulong", config(), prompt=4096, generate=1, tables={"retrieval": half}).to_dict()
+    assert found["by_layer"][3] == {
+        "entries": 4 * 4097 + 4 * 1152,
+        "heads": {"retrieval": 4, "local": 4},
+        "held": {"retrieval": 4 * 4097, "local": 4 * 1152},
+    }
+
+
+def test_bounds_say_that_they_are_bounds() -> None:
+    text = "policy mine():\n    keep cover(90%) by norm(k)\n    at {}\n"
+    once = explain(text.format("prefill.end"), config(), prompt=100)
+    assert once.exact and not once.exact_entries  # all that was read was known
+    assert "at most" in str(once) and "upper bound" not in str(once)
+    twice = explain(text.format("prefill.end, step"), config(), prompt=100, generate=3)
+    assert not twice.exact and "upper bound" in str(twice)
+    assert [layer.entries for layer in once.layers] == [8 * 91] * 32  # equal scores, and the one that crosses
+
+
+def test_a_gpu_adds_the_time_of_a_step_by_bytes_over_bandwidth() -> None:
+    found = explain("knorm", config(), prompt=131072, budget=1024, gpu="nvidia h200").to_dict()
+    entry = 2 * 128 * 2
+    assert found["gpu"] == "H200"
+    assert found["step_seconds"] == pytest.approx(1024 * 256 * entry / 4.8e12)
+    assert found["step_seconds_full"] == pytest.approx(131072 * 256 * entry / 4.8e12)
+    assert found["step_seconds_full"] / found["step_seconds"] == pytest.approx(found["ceiling"])
+    with pytest.raises(KvCompileError, match=r"abacus.*known: .*H200"):
+        explain("knorm", config(), gpu="abacus")
+
+
 def test_ceiling_is_traffic_over_traffic() -> None:
     pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,7 +188,7 @@ def test_the_text_shows_every_figure() -> None:
         "footprint",
         "peak",
         "ceiling",
-        "h100",
+        "H100",
         "entries",
     ):
         assert part in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from kvcompile.dsl import PolicyError
 from kvcompile.dsl.dialect_policy import ScheduleOp
 from kvcompile.dsl.dialect_sets import KeepOp
 from kvcompile.dsl.module import Places, from_text, ops_of, to_text, verify
-from kvcompile.kernels.plan import ModelFacts, Region, Selection, Trigger
+from kvcompile.kernels.plan import Loser, ModelFacts, Region, Selection, Trigger
 from kvcompile.passes import PIPELINE, Compiled, compile_policy
 from kvcompile.passes.budgets import Budgets
 from kvcompile.passes.context import Context
@@ -22,9 +23,11 @@ from kvcompile.passes.pipeline import run
 from kvcompile.passes.schedule import Schedule
 
 FACTS = ModelFacts(2, 4, 2, 64)
+LARGE = ModelFacts(32, 32, 8, 128)
 RUNNABLE = (
     "keep_all", "streaming", "h2o", "snapkv", "snapkv_chunked", "tova", "pyramidkv", "adakv", "knorm", "keydiff",
-    "lagkv", "prulong", "duo", "criticalkv",
+    "lagkv", "prulong", "duo", "criticalkv", "keyformer", "lazy", "windowkv", "chunkkv", "prefixkv", "d2o", "razor",
+    "streaming_compact", "freqkv", "elastic", "locret", "expected_attention", "r_kv",
 )  # fmt: skip
 
 
@@ -35,9 +38,15 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
+def files(name: str, table: Path) -> dict[str, Path]:
+    """What a library policy needs from its user."""
+    weights = table.with_name("heads.safetensors")
+    weights.touch()
+    return {"prulong": {"retrieval": table}, "duo": {"retrieval": table}, "locret": {"cis": weights}}.get(name, {})
+
+
 def compiled(name: str, table: Path, **params: object) -> Compiled:
-    tables = {"retrieval": table} if name in ("prulong", "duo") else None
-    return compile_policy(name, FACTS, tables=tables, **params)  # type: ignore[arg-type]
+    return compile_policy(name, FACTS, tables=files(name, table), **params)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -55,11 +64,19 @@ def test_every_pass_can_start_from_the_text_of_the_one_before(name: str, table: 
         module = from_text(whole.modules[before])
         verify(module, Places())
         assert to_text(module) == whole.modules[before]
-        tables = {"retrieval": table} if name in ("prulong", "duo") else {}
-        step(module, Context(FACTS, tables=tables))
+        step(module, Context(FACTS, tables=files(name, table)))
         verify(module, Places())
         assert to_text(module) == whole.modules[step.name]
     assert replace(freeze(module, FACTS, whole.plan.params)) == whole.plan
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_runnable_policies_bind_to_a_large_model(name: str, table: Path) -> None:
+    table.write_text("0.5 0 0 0 0 0 0 1\n" * 32)
+    plan = compile_policy(name, LARGE, tables=files(name, table)).plan
+    assert len(plan.class_of) == 32 and all(len(row) == 8 for row in plan.class_of)
+    for index, cls in enumerate(plan.classes):
+        assert (cls.rows_of is None) == any(index in row for row in plan.class_of)
 
 
 def test_a_dump_is_numbered_text(tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +219,128 @@ def test_plan_of_adakv_and_h2o() -> None:
     h2o = compile_policy("h2o", FACTS).plan
     assert h2o.classes[0].states == ("acc",) and h2o.evicts_in_step
     assert h2o.states[0].add is not None and h2o.states[0].add.axes == "i"
+
+
+def test_what_only_dead_states_read_is_not_in_the_plan() -> None:
+    text = (
+        "policy mine():\n    state a = 0, b = 0, c = 0\n    on attend where c > 1: a = max(a, b), c = c + 1\n"
+        "    on step: b = norm(raw.k) * count\n    keep top(4) by {score}\n    at step\n"
+    )
+    none = compile_policy(text.format(score="norm(k)"), FACTS).plan
+    assert (none.states, none.updates, none.rotates) == ((), (), False)
+    some = compile_policy(text.format(score="c"), FACTS).plan
+    assert [s.name for s in some.states] == ["c"]
+    assert [[name for name, _ in update.assigns] for update in some.updates] == [["c"]]
+    every = compile_policy(text.format(score="a"), FACTS).plan
+    assert [s.name for s in every.states] == ["a", "b", "c", "@count"]
+    assert every.rotates and every.classes[0].states == ("a",)
+
+
+def test_plan_of_conditions_and_updates() -> None:
+    plan = compile_policy("lazy", FACTS).plan
+    (trigger,) = plan.classes[0].triggers
+    assert (trigger.kind, trigger.n) == ("every", 175)
+    assert trigger.cond is not None and (trigger.cond.value, trigger.cond.axes) == (">", "")
+    (update,) = plan.updates
+    assert update.event == "attend" and [name for name, _ in update.assigns] == ["gap", "seen"]
+    assert update.where is not None
+    assert [s.add for s in plan.states] == [None, None]
+    turning = "policy mine():\n    keep recent(4)\n    at when cos(q, prev.q) < 0.5\n"
+    plan = compile_policy(turning, FACTS).plan
+    assert (plan.query_window, plan.ring) == (1, 2)
+
+
+def test_plan_of_two_keeps_for_the_same_rows() -> None:
+    plan = compile_policy("elastic", FACTS).plan
+    first, then = plan.classes
+    assert [cls.name for cls in plan.classes] == ["all", "all #2"]
+    assert (first.rows_of, then.rows_of) == (None, 0)
+    assert plan.class_of == ((0, 0), (0, 0)) and plan.site_classes(0) == (0, 1)
+    assert first.losers == (Loser("merge", "pos"),) and then.losers == ()
+    assert first.selections[0].scope == "shared"
+    assert [s.name for s in plan.states] == ["@count"] and plan.states[0].init.value == 1
+
+
+def test_plan_of_picks() -> None:
+    text = (
+        "policy mine():\n    score s = sum[q in last(8)] attn\n"
+        "    layers 0:\n        pick t = top(4) by s\n        keep t | recent(4)\n"
+        "    layers 1..last: keep t | recent(2)\n    at prefill.end\n"
+    )
+    plan = compile_policy(text, FACTS).plan
+    assert [(c.name, c.rows_of, c.only_picks, len(c.triggers)) for c in plan.classes] == [
+        ("layers 0", None, False, 0),  # rows keep all until the pick has been made
+        ("layers 0 pick t", 0, True, 1),
+        ("layers 0 #2", 0, False, 1),
+        ("layers 1..last", None, False, 1),
+    ]
+    assert plan.classes[1].selections[0].pick == 0 and plan.picks == 1
+    assert [term.pick for term in plan.classes[3].keep if isinstance(term, Region)] == [0, None]
+    assert plan.class_of == ((0, 0), (3, 3)) and plan.site_classes(0) == (0, 1, 2)
+    kept = text.replace("        keep t | recent(4)\n", "        keep all\n")
+    plan = compile_policy(kept, FACTS).plan
+    assert [(c.name, c.rows_of) for c in plan.classes][:2] == [("layers 0", None), ("layers 0 pick t", 0)]
+
+
+def test_plan_of_windows_that_groups_of_layers_share() -> None:
+    plan = compile_policy("windowkv", LARGE).plan
+    (top,) = plan.classes[0].selections
+    assert (top.whole, top.scope, top.layers, top.sharing, top.pick) == ("window", "shared", "shared", 8, 0)
+    assert top.score.axes == "u" and plan.classes[0].by_position and plan.picks == 1
+    (share,) = plan.shares
+    assert (share.by, share.beta, share.sharing) == ("pyramid", 14, 8)
+    assert [plan.counts[index].name for index in share.reserve] == ["observe"]
+    (read,) = (n for n in plan.counts[top.count or 0].expr.walk() if n.op == "share")
+    assert read.value == 0
+    assert [unit.name for unit in plan.units] == ["window"]
+
+
+def test_plan_of_what_is_decided_after_the_last_layer() -> None:
+    d2o = compile_policy("d2o", LARGE).plan
+    assert [s.name for s in d2o.states] == ["acc", "@count", "@score:0:0", "@share:0"]
+    assert d2o.spans(0) and not d2o.spans(1) and d2o.scalars == 1
+    merge, drop = d2o.classes[0].losers
+    assert (merge.fn, merge.of, drop.kind) == ("cos", "k", "drop")
+    assert merge.when is not None and [n.value for n in merge.when.walk() if n.op == "ema"] == [(0, Fraction(1, 2))]
+    keep = "keep recent(2) | top(4) by norm(k) across heads across layers | top(1) by pos"
+    text = f"policy mine():\n    {keep}\n    at step\n"
+    across = compile_policy(text, FACTS).plan
+    assert [s.name for s in across.states] == ["@score:0:0", "@score:0:1"]
+    assert across.classes[0].selections[0].layers == "across" and across.spans(0)
+
+
+def test_plan_of_compact_positions_keeps_the_order() -> None:
+    plan = compile_policy("streaming_compact", FACTS).plan
+    assert plan.compact and plan.rotates and plan.classes[0].by_position
+    fold = compile_policy("policy mine():\n    keep recent(4) else fold pool(2)\n    at step\n", FACTS).plan
+    assert fold.classes[0].by_position and not fold.compact
+    assert fold.classes[0].losers == (Loser("fold", "pool", part=Fraction(1, 2)),)
+
+
+def test_all_sets_of_the_same_rows_agree_on_their_order() -> None:
+    text = (
+        "policy mine():\n    keep top(4) by maxpool(norm(k), 3)\n    at prefill.end\n"
+        "    keep frozen | recent(4)\n    at step\n"
+    )
+    assert [cls.by_position for cls in compile_policy(text, FACTS).plan.classes] == [True, True]
+
+
+def test_files_of_trained_scores_are_named_for_the_run_time(tmp_path: Path) -> None:
+    weights = tmp_path / "heads.safetensors"
+    weights.touch()
+    given = compile_policy("locret", FACTS, tables={"cis": weights})
+    assert given.learned == (("cis", weights),)
+    assert [n.value for n in given.plan.updates[0].assigns[0][1].walk() if n.op == "learned"] == ["cis"]
+    assert given.plan.query_window == 0  # its queries are those of the entry itself
+    text = 'policy mine():\n    state a = learned("heads.safetensors", k)\n    keep top(4) by a\n    at step\n'
+    assert compile_policy(text, FACTS, base=tmp_path).learned == (("a", weights),)
+    for policy, options, reason in (
+        ("locret", {}, "brings no weights for `cis`"),
+        ("locret", {"tables": {"cis": tmp_path / "none.safetensors"}}, "no such file"),
+        ("locret", {"tables": {"cis": tmp_path / "heads.bin"}}, "safetensors files only"),
+    ):
+        with pytest.raises(PolicyError, match=f"K615.*{reason}"):
+            compile_policy(policy, FACTS, **options)  # type: ignore[arg-type]
 
 
 def test_states_units_and_counts_that_nothing_reads_are_not_in_the_plan() -> None:

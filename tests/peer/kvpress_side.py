@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 def record(press, kept):
     """Replaces `press.compress` by one that also notes, per layer, which rows of the keys came through.
 
-    Rows are found by equality: a press gathers, so what it keeps is bit for bit one row of what it was given.
+    Rows are found by equality of values: a press gathers, so what it keeps is bit for bit one row of what it was given
+    (keys may have been rotated anew).
     AdaKVPress keeps all rows and lists those to mask in decode: they count as gone.
     """
     original = press.compress
@@ -27,9 +28,9 @@ def record(press, kept):
         new_keys, new_values = original(module, hidden_states, keys, values, attentions, kwargs)
         heads = []
         for head in range(keys.shape[1]):
-            same = (new_keys[0, head][:, None] == keys[0, head][None]).all(-1)
+            same = (new_values[0, head][:, None] == values[0, head][None]).all(-1)
             if not bool((same.sum(1) == 1).all()):
-                raise RuntimeError("a kept key is not exactly one of the original keys")
+                raise RuntimeError("a kept value is not exactly one of the original values")
             heads.append(set(same.int().argmax(1).tolist()))
         if getattr(module, "masked_key_indices", None) is not None:
             for _, head, place in zip(*(t.tolist() for t in module.masked_key_indices), strict=True):
@@ -49,7 +50,8 @@ def run(model, case):
     else:
         press = getattr(kvpress, outer)(**params)
     kept = {}
-    record(press, kept)
+    # This wrapper hands each layer to the press inside, which compresses.
+    record(press.press if outer == "PerLayerCompressionPress" else press, kept)
     with torch.no_grad(), press(model):
         model(torch.tensor([case["prompt"]]), past_key_values=DynamicCache())
     return [kept[layer] for layer in range(model.config.num_hidden_layers)]

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import kvcompile
 from tests import oracle_policies as rules
+from tests import oracle_systems as systems
 from tests.models import random_model, tokens
 from tests.oracle import Oracle
 
@@ -53,6 +55,20 @@ policy tova_as_kvpress(budget=20):
 """
 
 
+CRITICAL = """
+policy criticalkv_as_kvpress(observe=8, first=8, second=16):
+    score s = mean[g] mean[q in last(observe)] attn
+    keep recent(observe) | top(first) by s per head | top(second) by (s + 0.0001) * sum[d] abs(v) per head
+    at prefill.end
+"""
+PER_LAYER = """
+policy knorm_by_table():
+    share b = {mean} by table("{path}")
+    keep bottom(b) by norm(k) per head
+    at prefill.end
+"""
+
+
 def ratio(kept: int, prompt: int) -> float:
     """A compression ratio at which kvpress keeps `kept` of `prompt`: half a token of room for its truncation."""
     return 1 - (kept + 0.5) / prompt
@@ -60,7 +76,11 @@ def ratio(kept: int, prompt: int) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """The same rule three times: as a press, as a policy, and as the oracle's hand-written rule."""
+    """The same rule three times: as a press, as a policy, and as the oracle's hand-written rule.
+
+    `weights`: one number per layer, for a policy that reads a table from a file. `plain_output`: the model's output
+    projections hand on each head's output as it is, so that the norm behind one is the norm before it.
+    """
 
     name: str
     press: str
@@ -69,6 +89,23 @@ class Case:
     policy: str
     params: dict
     rule: object
+    weights: tuple[int, ...] = ()
+    plain_output: bool = False
+
+    def model(self, family: str) -> PreTrainedModel:
+        model = random_model(family, **({"num_hidden_layers": len(self.weights)} if self.weights else {}))
+        if self.plain_output:
+            for layer in model.model.layers:
+                blocks = layer.self_attn.o_proj.weight.data.view(model.config.hidden_size, -1, model.config.head_dim)
+                blocks.copy_(torch.eye(model.config.hidden_size, model.config.head_dim)[:, None].expand_as(blocks))
+        return model
+
+    def text(self, folder: Path) -> str:
+        if not self.weights:
+            return self.policy
+        path = folder / "weights.txt"
+        path.write_text("\n".join(map(str, self.weights)) + "\n")
+        return self.policy.format(path=path, mean=sum(self.weights) // len(self.weights))
 
 
 class ProtectedTOVA(rules.TOVA):
@@ -83,6 +120,27 @@ class ProtectedTOVA(rules.TOVA):
         self.budget += 1
         for h in heads:
             rules.keep_set(oracle.rows[layer][h], chosen)
+
+
+class CriticalInTwo(rules.SnapKV):
+    """kvpress: half of the kept entries, the window among them, by attention, the rest by attention times the L1 norm
+    of what the value becomes behind the output projection."""
+
+    def decide(self, oracle, layer, heads, piece):
+        for row in (oracle.rows[layer][h] for h in heads):
+            near, places = rules.split(row, lambda p: p > piece.now - self.observe)
+            attention = oracle.last_reads(row, self.observe).mean(1).mean(0)
+            first = {p for p, _ in oracle.best([(attention[p].item(), p, 0) for p in places], 8)}
+            rest = [p for p in places if p not in first]
+            scored = [((attention[p] + 0.0001).item() * row.values[p].abs().sum().item(), p, 0) for p in rest]
+            rules.keep_set(row, set(near) | first | {p for p, _ in oracle.best(scored, 16)})
+
+
+class KNormByLayer(rules.KNorm):
+    """A number of its own for each layer."""
+
+    def decide(self, oracle, layer, heads, piece):
+        rules.KNorm(budget=(29, 14, 20)[layer]).decide(oracle, layer, heads, piece)
 
 
 CASES = [
@@ -159,6 +217,47 @@ CASES = [
         {},
         rules.AdaKV(budget=32, observe=8, pool=5, pooling="avg", floor=Fraction(1, 4)),
     ),
+    Case(
+        # Runs of 8 in a prompt of 9 of them: the window is the newest run, which the press scores highest. It keeps
+        # int(9 * 0.5) = 4 runs: the window and three others.
+        "chunkkv",
+        "ChunkKVPress(SnapKVPress)",
+        {"inner": {"compression_ratio": 0.5, "window_size": 8, "kernel_size": 1}, "chunk_length": 8},
+        72,
+        "chunkkv",
+        {"budget": 32, "observe": 8, "size": 8, "layers_shared": 1},
+        systems.ChunkKV(budget=32, observe=8, size=8, layers_shared=1),
+    ),
+    Case(
+        # 32 of 90 kept: int(16.25) = 16 by attention, 8 of them the window, then 16 by attention times norm.
+        "criticalkv",
+        "CriticalKVPress(SnapKVPress)",
+        {"inner": {"compression_ratio": ratio(32, 90), "window_size": 8, "kernel_size": 1}},
+        90,
+        CRITICAL,
+        {},
+        CriticalInTwo(budget=32, observe=8),
+        plain_output=True,
+    ),
+    Case(
+        "streaming_compact",
+        "KeyRerotationPress(StreamingLLMPress)",
+        {"inner": {"compression_ratio": ratio(24, 61), "n_sink": 4}},
+        61,
+        "streaming_compact",
+        {"n_sink": 4, "window": 20},
+        systems.StreamingCompact(sink=4, window=20),
+    ),
+    Case(
+        "a share by table",
+        "PerLayerCompressionPress(KnormPress)",
+        {"inner": {}, "compression_ratios": [ratio(29, 60), ratio(14, 60), ratio(20, 60)]},
+        60,
+        PER_LAYER,
+        {},
+        KNormByLayer(),
+        weights=(29, 14, 20),
+    ),
 ]
 
 
@@ -166,14 +265,16 @@ CASES = [
 def peer(tmp_path_factory) -> dict:
     """What the presses kept, [case.family] -> [layer][head] -> positions; one process for all cases."""
     folder = tmp_path_factory.mktemp("peer")
-    for family in FAMILIES:
-        random_model(family).save_pretrained(folder / family)
+    models = {f"{case.name}.{family}": folder / f"{case.name}.{family}" for case in CASES for family in FAMILIES}
+    for case in CASES:
+        for family in FAMILIES:
+            case.model(family).save_pretrained(models[f"{case.name}.{family}"])
     request = {
-        "models": {family: str(folder / family) for family in FAMILIES},
+        "models": {name: str(path) for name, path in models.items()},
         "cases": [
             {
                 "name": f"{case.name}.{family}",
-                "model": family,
+                "model": f"{case.name}.{family}",
                 "press": case.press,
                 "params": case.press_params,
                 "prompt": tokens(case.prompt, seed=11),
@@ -198,7 +299,7 @@ def peer(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_oracle_keeps_what_kvpress_keeps(case, family, peer):
-    run = Oracle(random_model(family), copy.deepcopy(case.rule))
+    run = Oracle(case.model(family), copy.deepcopy(case.rule))
     run.run(tokens(case.prompt, seed=11))
     assert run.closest > 1e-5, "a near tie: choose another seed"
     assert as_lists(run.kept()) == peer[f"{case.name}.{family}"]
@@ -207,9 +308,9 @@ def test_the_oracle_keeps_what_kvpress_keeps(case, family, peer):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_kvcompile_keeps_what_kvpress_keeps(case, family, backend, peer):
-    model = random_model(family)
-    kvcompile.optimize(model, case.policy, backend=backend, compile="off", **case.params)
+def test_kvcompile_keeps_what_kvpress_keeps(case, family, backend, peer, tmp_path):
+    model = case.model(family)
+    kvcompile.optimize(model, case.text(tmp_path), backend=backend, compile="off", **case.params)
     with torch.no_grad():
         cache = model(torch.tensor([tokens(case.prompt, seed=11)]), use_cache=True).past_key_values
     layers = range(model.config.num_hidden_layers)

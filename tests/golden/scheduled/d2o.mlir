@@ -1,0 +1,16 @@
+builtin.module {
+  kv.policy @d2o digest "d7e6fbe8acc584b3" {
+    %0 = kv.const "0" : !kv.expr<""> loc("library/d2o.kvp":3:17)
+    %1 = kv.evidence "attn" over "forward" 0 : !kv.expr<"gqi"> loc("library/d2o.kvp":4:30)
+    %2 = kv.reduce "sum" over "q" %1 : !kv.expr<"gqi"> -> !kv.expr<"gi"> loc("library/d2o.kvp":4:23)
+    %3 = kv.reduce "mean" over "g" %2 : !kv.expr<"gi"> -> !kv.expr<"i"> loc("library/d2o.kvp":4:23)
+    kv.state "acc" init %0 add %3 : !kv.expr<"i"> from !kv.expr<""> loc("library/d2o.kvp":3:11)
+    %4 = kv.region "all" loc("library/d2o.kvp":10:29)
+    %5 = kv.union %4 loc("library/d2o.kvp":10:29)
+    kv.class @"layers 0, 1, last" layers [0, 0, 1, 1, -1, -1] loc("library/d2o.kvp":10:5)
+    kv.keep %5 for @"layers 0, 1, last" at [#kv.trigger<"prefill.end", 0, "">, #kv.trigger<"step", 0, "">] order "any" phases ["prefill.end", "step"] prefill "grows" decode "grows" loc("library/d2o.kvp":10:24)
+    kv.site 0 [@"layers 0, 1, last", @"layers 0, 1, last"] loc("library/d2o.kvp":2:1)
+    kv.site 1 [@"layers 0, 1, last", @"layers 0, 1, last"] loc("library/d2o.kvp":2:1)
+    kv.schedule chunk 0 peek 0 window 0 page 16 loc("library/d2o.kvp":2:1)
+  } loc("library/d2o.kvp":2:1)
+} loc(unknown)
