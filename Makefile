@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 # Two workers with one thread each: the tests are small, and more threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-all bench gpu lint format venv clean
+.PHONY: demo test test-all bench systems gpu lint format venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/core  ## one long prompt and a table of 64 under several policies
@@ -24,6 +24,10 @@ test-all: $(STAMPS)/dev  ## the slow tests too
 
 bench: $(STAMPS)/core  ## decode on the CPU, side by side; KVC_PEER_PYTHON adds the peers
 	@$(BIN)/python benchmarks/decode_cpu.py
+
+systems: $(STAMPS)/dev  ## the README's table of systems, from what the property tests show
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/model -k test_p --record-systems tests/systems.json
+	@$(BIN)/python -m tests.systems_table --write
 
 gpu: $(STAMPS)/dev  ## everything that needs a GPU
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device here; nothing was run')"

@@ -19,7 +19,7 @@ from kvcompile.dsl.context import (
     negative,
     shown,
 )
-from kvcompile.dsl.diagnostics import did_you_mean
+from kvcompile.dsl.diagnostics import did_you_mean, nearest
 from kvcompile.dsl.graphs import cycles
 from kvcompile.dsl.resolve import Placed
 
@@ -123,6 +123,15 @@ def _selection(context: Context, term: ast.Selection, placed: Placed, clause: Se
     _scopes(context, term, clause, env)
 
 
+def _scope_hint(context: Context, scope: ast.Scope) -> str:
+    """The scope that was meant, whole, so that it can be typed in; else all of them."""
+    near = nearest(scope.what, [*words.SCOPES[scope.kind], *(context.units if scope.kind == "per" else ())])
+    if near:
+        return f"did you mean `{scope.kind} {near}`?"
+    known = [f"{kind} {what}" for kind, whats in words.SCOPES.items() for what in sorted(whats)]
+    return f"scopes: {', '.join([*known, *(f'per {unit}' for unit in context.units)])}"
+
+
 def _scopes(context: Context, term: ast.Selection, clause: SetClause, env: Env) -> None:
     seen: set[tuple[str, str]] = set()
     for scope in term.scopes:
@@ -133,12 +142,10 @@ def _scopes(context: Context, term: ast.Selection, clause: SetClause, env: Env) 
                     "K111",
                     f"unknown scope `per {scope.what}`",
                     scope,
-                    did_you_mean(scope.what, [*known, *context.units], "per"),
+                    _scope_hint(context, scope),
                 )
         elif scope.what not in known:
-            context.say(
-                "K111", f"unknown scope `{scope.kind} {scope.what}`", scope, did_you_mean(scope.what, known, scope.kind)
-            )
+            context.say("K111", f"unknown scope `{scope.kind} {scope.what}`", scope, _scope_hint(context, scope))
         if scope.size is not None:
             if scope.what == "layers":
                 _amount(context, scope.size, env, fraction=False)

@@ -104,19 +104,26 @@ def read_text(path: str) -> str:
             return decode(stream.read(MAX_BYTES + 1), path)
     except FileNotFoundError:
         known = where.name.removesuffix(".kvp")
-        near = [p.name for p in where.parent.glob("*.kvp")] if where.parent.is_dir() else []
+        near = sorted(p.name for p in where.parent.glob("*.kvp")) if where.parent.is_dir() else []
         hint = f"the library has `{known}`: leave out the path" if path != known and known in library.names() else ""
         raise fail(
             "K011",
             "no such policy file",
             outside(path),
-            hint or did_you_mean(where.name, near, f"in {where.parent}") or "check the path",
+            hint or did_you_mean(where.name, near) or _listed(where.parent, near),
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise fail(
             "K010", f"cannot read the policy file: {reason}", outside(path), "check the path and its rights"
         ) from None
+
+
+def _listed(folder: Path, names: list[str]) -> str:
+    """A hint with the first policy files of a folder."""
+    if not names:
+        return "check the path"
+    return f"{folder} holds {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}"
 
 
 def decode(data: bytes, name: str) -> str:
@@ -174,6 +181,6 @@ def _choose(file: ast.File, name: str | None) -> ast.Policy:
             "K012",
             f"the text holds {len(known)} policies: {listed}",
             file.policies[1].header,
-            f'pick one, such as name="{known[0]}"',
+            f'pick one: --name {known[0]}, or name="{known[0]}"',
         )
     return file.policies[0]

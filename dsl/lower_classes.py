@@ -111,7 +111,7 @@ class Classes:
         uneven: list[ast.Node] = []  # conditions that differ between heads
         for placed in (*rows.picks, *rows.keeps):
             try:
-                found.append(self._decision(name, placed, terms, uneven))
+                found.append(self._decision(name, placed, terms, uneven, rows.keeps[-1:] == [placed]))
             except PolicyError as error:
                 findings += error.diagnostics
         if findings:
@@ -140,9 +140,9 @@ class Classes:
             self.builder.add(KeepOp(name, everything, []), span)
 
     def _decision(
-        self, name: str, placed: Placed, terms: list[tuple[Operation, ast.Node]], uneven: list[ast.Node]
+        self, name: str, placed: Placed, terms: list[tuple[Operation, ast.Node]], uneven: list[ast.Node], last: bool
     ) -> Callable[[], object]:
-        """Lower a clause's set; returns what adds the clause itself, once its class is there."""
+        """Lower a clause's set; returns what adds the clause itself, once its class is there. last: of its rows."""
         node = placed.clause
         assert isinstance(node, ast.Keep | ast.Pick)
         scope = self.scope(placed)
@@ -156,7 +156,7 @@ class Classes:
             _refuse_pick(node, here)
             pick = PickOp(node.name, name, union.res, triggers, conds)
             return partial(self.builder.add, pick, node.span)
-        _refuse_spanning(here)
+        _refuse_spanning(node, here, last)
         losers = lower_losers(self.builder, node.losers, scope)
         return partial(self.builder.add, KeepOp(name, union.res, triggers, conds, losers), node.span)
 
@@ -202,14 +202,23 @@ def _refuse_pick(node: ast.Pick, terms: Sequence[tuple[object, ast.Term]]) -> No
             refuse("K904", "a pick that more than one layer decides", written.span, "let each layer pick for itself")
 
 
-def _refuse_spanning(terms: Sequence[tuple[object, ast.Term]]) -> None:
+def _refuse_spanning(node: ast.Keep, terms: Sequence[tuple[object, ast.Term]], last: bool) -> None:
     """What is decided after the last layer has scores from before, of candidates that must be known by then."""
-    tops = [term for term, _ in terms if isinstance(term, TopOp)]
-    across = any(top.layers is not None and top.layers.data == "across" for top in tops)
-    measured = [w for term, w in terms if isinstance(term, TopOp | RegionOp) and _measures(term.count)]
-    if not (across or measured):
+    tops = [(term, written) for term, written in terms if isinstance(term, TopOp)]
+    across = any(top.layers is not None and top.layers.data == "across" for top, _ in tops)
+    if not (across or any(isinstance(term, TopOp | RegionOp) and _measures(term.count) for term, _ in terms)):
         return
-    pooled = any(isinstance(op, kv.PoolOp) for top in tops for op in below(top.score))
+    if not last:  # the others of these rows decide in each layer, so they would come first
+        refuse("K904", "a `keep` that waits for all layers, with another one of the same rows after it,", node.span,
+               "write it last, or join the sets by `|`")  # fmt: skip
+    pooled = [written for top, written in tops if any(isinstance(op, kv.PoolOp) for op in below(top.score))]
+    for place, (top, written) in enumerate(tops):
+        if top.scope.data == "query_head":
+            refuse("K904", "a choice per query head in a set that is decided after the last layer", written.span,
+                   "let KV heads choose, `per head`")  # fmt: skip
+        if place and written in pooled:
+            refuse("K904", "a pooled score after another selection, in a set that is decided after the last layer,",
+                   written.span, "write the pooled selection first, or leave out the pooling")  # fmt: skip
     for term, written in terms:
         if not isinstance(term, RegionOp):
             continue

@@ -74,6 +74,7 @@ class Builder:
     block: Block
     places: Places
     emas: int = 0  # running means so far, each with a number of its own in every row
+    trained: dict[str, ast.Call] = field(default_factory=dict)  # by state: its weights go by the state's name
 
     def add(self, op: Op, span: Span) -> Op:
         op.location = self.places.location(span)
@@ -275,6 +276,9 @@ class Builder:
                 refuse("K906", f"a trained score of `{vector.span.text}`", vector.span, "it reads q, k and v")
             op = QueriesOp(_LATEST) if vector.id == "q" else kv.FieldOp(vector.id)
             args.append(self.add(op, vector.span).results[0])
+        if self.trained.setdefault(scope.state, node) != node:
+            refuse("K906", f"a second trained score of the state `{scope.state}`", node.span,
+                   "give each trained score a state of its own, and add them up in a score")  # fmt: skip
         return self.add(LearnedOp(scope.state, file.value, args), node.span).res
 
     def _ema(self, node: ast.Call, arg: ast.Expr, beta: ast.Expr, scope: Scope) -> SSAValue:
@@ -305,6 +309,9 @@ class Builder:
             if axis.name != "h" and axis.name not in kv.axes_of(value):
                 raise fail("K203", f"`{node.fn}[{axis.name}]` needs an axis `{axis.name}`, this has "
                            f"`{kv.axes_of(value) or 'none'}`", node.span, "reduce an axis that is open")  # fmt: skip
+            if axis.name == "i" and scope.place == "insert":
+                refuse("K906", f"`{node.fn}[i]` of an entry that comes in, which is not among others yet,", node.span,
+                       "reduce over the entries in the score")  # fmt: skip
             if axis.name == "i" and scope.units and "u" not in kv.axes_of(value):
                 refuse("K913", "a reduction over the tokens of a unit without a landmark of it", node.span,
                        "choose whole units, such as `top(n) pages`, or leave the unit out")  # fmt: skip
@@ -317,7 +324,7 @@ def _source(axis: ast.Axis, scope: Scope) -> kv.Source:
     source = axis.source
     if source is None:
         return _LATEST if scope.place == "cond" else kv.FORWARD
-    if scope.place == "attend":
+    if scope.place in ("attend", "insert"):
         refuse("K906", f"`{axis.span.text}` in an update", axis.span, "an update sees the query at hand")
     match source:
         case ast.Call(fn="last" | "peek", args=(width,), named=()):

@@ -179,12 +179,13 @@ def _selection(source: Source, before: list[_Piece], expected: set[str]) -> Poli
                 depth += (before[last].text == "(") - (before[last].text == ")")
                 if depth == 0:
                     break
-            return fail(
-                "K201",
-                f"`{piece.text}` does not say by which score",
-                source.span(piece.start, before[last].end),
-                f"write `{piece.text}(n) by SCORE per head`",
-            )
+            if depth:
+                return None  # the fault is inside the count
+            written = source.text[piece.start : before[last].end]
+            plain = len(written) <= 60 and "\n" not in written
+            hint = f"write `{written if plain else f'{piece.text}(n)'} by SCORE per head`"
+            whole = source.span(piece.start, before[last].end)
+            return fail("K201", f"`{piece.text}` does not say by which score", whole, hint)
         if piece.leads and piece.text in CLAUSES:
             return None
     return None
@@ -257,6 +258,9 @@ def _in_clause(
         what = f"a `:` {where}: only headers and prefixes end in one"
     else:
         what = f"`{here.text}` does not belong {where}{after}"
+    usual = _usual(before, clause, here.text, at_end)
+    if usual:
+        return fail("K001", what, here, usual)
     wanted = sorted(f"`{shown[name]}`" for name in expected if name in shown)
     hint = f"expected {wanted[0]}" if len(wanted) == 1 and len(expected) == 1 else ""
     form = ITEMS.get(clause) or CLAUSES.get(clause)
@@ -264,3 +268,22 @@ def _in_clause(
         hint = f"{hint}; it reads: {form}" if hint else f"it reads: {form}"
     hint = hint or "a file holds `policy`, `heads` and `learn`, and clauses indented below them"
     return fail("K001", what, here, hint)
+
+
+def _usual(before: list[_Piece], clause: str, word: str, at_end: bool) -> str:
+    """The way out of a mistake that many make, "" for any other."""
+    last = before[-1].text if before else ""
+    if word in CLAUSES and clause in CLAUSES:
+        return f"a deeper line continues the clause above; indent `{word}` as far as `{clause}`"
+    if at_end and last == "merge":
+        return "write `merge into nearest by cos(k)`"
+    if word == "*" and last == "*":
+        return "the language has no powers: write `x * x`"
+    if word == "=":
+        return "compare by `==`" if clause != "score" else ""
+    if clause in ("keep", "attend", "pick"):
+        if word in ("+", ",", "and", "or", "with"):
+            return "the terms of a set are joined by `|`: `sink(4) | recent(64)`"
+        if word in ("<", ">", "<=", ">=", "==", "!="):
+            return "a condition follows `where`: `where pos < 4`"
+    return ""

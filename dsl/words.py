@@ -167,5 +167,8 @@ RESERVED = frozenset(
 )
 # Names of options of the Python interface: a parameter so named could never be given.
 OPTIONS = frozenset(
-    {"model", "policy", "backend", "compile", "name", "tables", "max_bytes", "generate", "batch", "gpu", "base", "dump", "facts", "probes"}
+    {
+        *("model", "policy", "backend", "compile", "name", "tables", "max_bytes"),
+        *("generate", "batch", "gpu", "facts", "base", "dump", "probes"),
+    }
 )

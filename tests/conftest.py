@@ -11,6 +11,8 @@ import pytest
 # Before torch is imported: several workers share few cores, and spinning threads cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["tests.recording"]
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +62,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 # ------------------------------------------------------------------ check
 
 
-def test_check_is_fast_and_without_torch(policy: Path) -> None:
+def test_check_and_fmt_never_import_torch(policy: Path) -> None:
     script = (
         "import sys; from kvcompile.cli import main; code = main(['check', sys.argv[1], 'snapkv'])"
         " + main(['fmt', '--check', sys.argv[1]]);"
         "bad = {'torch', 'transformers', 'triton'} & set(sys.modules); print(sorted(bad)); sys.exit(code)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script, str(policy)], capture_output=True, text=True, timeout=60)
-    seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-    assert seconds < 5  # about 0.7 on an idle machine; importing torch alone takes longer than the rest
 
 
 def test_check_says_fine(capsys: pytest.CaptureFixture[str], policy: Path) -> None:

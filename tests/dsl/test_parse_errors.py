@@ -136,8 +136,32 @@ def test_rendering_is_exact() -> None:
         "p.kvp:2:10: error[K201]: `top` does not say by which score\n"
         " 2 |     keep top(4) per head\n"
         "   |          ^^^^^^\n"
-        "hint: write `top(n) by SCORE per head`"
+        "hint: write `top(4) by SCORE per head`"
     )
+
+
+@pytest.mark.parametrize(
+    ("clauses", "hint"),
+    [
+        ("    keep sink(4) + recent(8)\n", "joined by `|`"),
+        ("    keep sink(4), recent(8)\n", "joined by `|`"),
+        ("    keep pos < 4 | recent(8)\n", "`where pos < 4`"),
+        ("    keep recent(8)\n      at step\n", "indent `at` as far as `keep`"),
+        ("    keep recent(8) else merge\n", "merge into nearest by cos(k)"),
+        ("    keep recent(8)\n    at step if len = 9\n", "`==`"),
+        ("    score s = pos ** 2\n", "x * x"),
+        ("    keep top(8 - 4)\n", "`top(8 - 4) by SCORE per head`"),
+        ("    keep top(8 -\n        4)\n", "`top(n) by SCORE per head`"),
+    ],
+)
+def test_usual_mistakes_get_a_hint_of_their_own(clauses: str, hint: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse(HEAD + clauses, "p.kvp")
+    assert hint in caught.value.diagnostics[0].hint
+
+
+def test_a_fault_inside_a_count_is_shown_where_it_is() -> None:
+    assert codes(HEAD + "    keep top(4 tokens) by norm(k)\n    at step\n") == [("K001", 2, 16)]
 
 
 def test_long_lines_are_clipped_around_the_caret() -> None:
