@@ -61,7 +61,7 @@ def _similarity(context: Context, by: ast.Call) -> None:
     of = words.SIMILARITIES.get(by.fn)
     if of is None:
         hint = did_you_mean(by.fn, words.SIMILARITIES) or _NEAR
-        context.say("K102", f"`{by.fn}` says not what is near", by, hint)
+        context.say("K102", f"`{by.fn}` does not say what is near", by, hint)
         return
     read = f"`{by.fn}` of {' or '.join(f'`{name}`' for name in of)}"
     shape = f"write `merge into nearest by {by.fn}({of[0]})`"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kvcompile.dsl import ast, words
 from kvcompile.dsl.axes import Env, axes_of
-from kvcompile.dsl.context import Context, Prefixes, constant, linear, negative, shown
+from kvcompile.dsl.context import WHOLE_COUNT, Context, Prefixes, broken_count, constant, linear, negative, shown
 from kvcompile.dsl.printer import text
 
 _OPEN_AXIS = {
@@ -157,6 +157,14 @@ def _share(context: Context, clause: ast.Share, env: Env) -> None:
     total = axes_of(clause.total, env)
     if total:
         context.say("K211", "the total of a share is one number", clause.total, "such as `budget - observe`")
+    if isinstance(clause.total, ast.Number) and clause.total.kind == "percent":
+        hint = f"such as `{clause.total.span.text} of prompt`"
+        context.say("K210", "a bare percentage does not say of what", clause.total, hint)
+        return
+    broken = broken_count(clause.total)
+    if broken is not None:
+        context.say("K205", f"a total of {float(broken):g} is no whole number of entries", clause.total, WHOLE_COUNT)
+        return
     count = linear(clause.total)
     if count is not None and negative(count):
         context.say(

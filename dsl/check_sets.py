@@ -188,7 +188,8 @@ def _amount(context: Context, expr: ast.Expr, env: Env, fraction: bool, regions:
     """A count of entries, units, layers; with `fraction` also a bare percentage of the candidates."""
     if isinstance(expr, ast.Number) and expr.kind == "percent":
         if not fraction:
-            context.say("K210", "a bare percentage does not say of what", expr, "such as `10% of prompt`")
+            hint = f"such as `{expr.span.text} of prompt`"
+            context.say("K210", "a bare percentage does not say of what", expr, hint)
         elif not 0 <= expr.value <= 1:
             context.say("K210", "a percentage lies between 0% and 100%", expr, "say which part is kept")
         return

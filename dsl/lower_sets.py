@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NoReturn
 
 from xdsl.ir import SSAValue
 
@@ -51,7 +52,14 @@ def _term(builder: Builder, term: ast.Term, scope: Scope, names: Names) -> SSAVa
             score = builder.score(term.cond, replace(scope, decides=True))
             if "u" in kv.axes_of(score):
                 refuse("K913", "a condition about units", term.span, "compare numbers of entries")
+            if _observed(score):
+                _refuse_peek(term)
             return builder.add(TopOp("where", score, None), term.span).res
+
+
+def _refuse_peek(term: ast.Term) -> NoReturn:
+    refuse("K901", "`peek`, whose newest entries count within n, in a selection of another kind,", term.span,
+           "choose entries by top(n)")  # fmt: skip
 
 
 def _region(builder: Builder, term: ast.Region, scope: Scope, units: frozenset[str]) -> SSAValue:
@@ -107,8 +115,7 @@ class _Choice:
             refuse("K913", "a score over units that compete together", term.span, "let entries compete `per UNIT`")
         observed = _observed(score)
         if observed and (whole_unit is not None or term.rank == "cover"):
-            refuse("K901", "`peek`, whose newest entries count within n, in a selection of another kind,", term.span,
-                   "choose entries by top(n)")  # fmt: skip
+            _refuse_peek(term)
         op = TopOp(
             term.rank, score, self._amount(), self.competing, self.floor, self.unit, observed,
             whole=whole_unit, layers=self.layers, sharing=self.sharing,

@@ -130,6 +130,8 @@ def _touching(source: Source, here: Span) -> PolicyError | None:
     hint = f"put a blank between `{begins}` and `{here.text}`, or write another word"
     if begins[0].isdigit():
         hint = f"names begin with a letter; a product is written `{begins} * {here.text}`"
+        if source.text[start - 1 : start] == "." and here.text in ("k", "m", "g"):
+            hint = f"numbers with `{here.text}` are whole: write the number in full"
     return fail("K001", f"`{place.text}` is no word of the language here", place, hint)
 
 
@@ -279,6 +281,10 @@ def _usual(before: list[_Piece], clause: str, word: str, at_end: bool) -> str:
         return "write `merge into nearest by cos(k)`"
     if word == "*" and last == "*":
         return "the language has no powers: write `x * x`"
+    if last.isdigit() and re.fullmatch(r"[kmgt]i?b?", word, re.IGNORECASE):
+        return f"no blank stands inside a number: write `{last}{word}`"
+    if clause == "layers" and last == ":" and not at_end:
+        return "a prefix below another begins a line of its own, indented"
     if word == "=":
         return "compare by `==`" if clause != "score" else ""
     if clause in ("keep", "attend", "pick"):

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 
+from kvcompile.kernels import reach
 from kvcompile.kernels.contexts import context
-from kvcompile.kernels.counts import scalars_of
 from kvcompile.kernels.holes import region_text, spell
-from kvcompile.kernels.plan import STEP_TRIGGERS, ClassPlan, Expr, PolicyPlan, Region, Selection, StatePlan, source_of
+from kvcompile.kernels.plan import STEP_TRIGGERS, ClassPlan, Expr, PolicyPlan, Region, Selection, StatePlan
 from kvcompile.kernels.spec import Hole, KernelSpec
 from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, open_axes, reduction
 
 _PREFILL = ("prefill.end", "chunk", "filled", "full", "when")
-_LEAVES = ("const", "scalar", "field", "evidence", "state", "landmark")  # beside these: reference and cpu alone
-_SOURCES = ("forward", "last", "peek")
 
 
 def _power_of_two(n: int) -> int:
@@ -39,55 +37,9 @@ def _shape(plan: PolicyPlan) -> dict[str, int | str]:
 
 
 def _pool_facts(plan: PolicyPlan) -> dict[str, int | str]:
-    if own := [state.name for state in plan.states if state.name.startswith("@")]:
-        raise Unprintable(f"entries that carry {', '.join(own)} have no Triton form yet")
+    reach.pools(plan)
     names = " ".join(state.name for state in plan.states)
     return _shape(plan) | {"page": plan.page, "states": len(plan.states), "state_names": names}
-
-
-def _plain(formula: Expr) -> Expr:
-    """The formula itself, if it is made of what kernels can reach."""
-    for node in formula.walk():
-        if not node.args and node.op not in _LEAVES:
-            raise Unprintable(f"{node.op} has no Triton form yet")
-        source = source_of(node)
-        if node.op in ("learned", "ema", "queries") or (source is not None and source.kind not in _SOURCES):
-            raise Unprintable(f"{node.op if source is None else f'q in {source.kind}'} has no Triton form yet")
-    return formula
-
-
-def _read_plainly(plan: PolicyPlan) -> None:
-    """Refuses policies under which a read is more than attention over entries as they lie."""
-    if plan.compact:
-        raise Unprintable("positions compact have no Triton form yet")
-    if plan.folds:
-        raise Unprintable("an entry whose count weighs in the softmax has no Triton form yet")
-    for update in plan.updates:
-        raise Unprintable(f"`on {update.event}` beyond one sum has no Triton form yet")
-
-
-def _judged_plainly(plan: PolicyPlan, index: int) -> None:
-    """Refuses classes whose decisions after a step are more than one set of one layer's rows."""
-    cls = plan.classes[index]
-    if cls.rows_of is not None or cls.only_picks:
-        raise Unprintable(f"{cls.name}, one of several rules for the same rows, has no Triton form yet")
-    if cls.moves:
-        raise Unprintable("losers that leave something behind have no Triton form yet")
-    if any(trigger.cond is not None for trigger in cls.triggers):
-        raise Unprintable("triggers with a condition have no Triton form yet")
-    if any("len" in scalars_of(plan.counts[i]) for i in _counts(cls)):
-        raise Unprintable("counts that read len have no Triton form yet")
-
-
-def _pieces_judged_plainly(plan: PolicyPlan, index: int) -> None:
-    """Refuses classes whose rows take a piece of a prompt first and are judged afterwards."""
-    cls = plan.classes[index]
-    if plan.spans(index):
-        raise Unprintable("decisions that wait for all layers have no Triton form yet")
-    if cls.moves:
-        raise Unprintable("losers that leave something behind have no Triton form yet")
-    if cls.rows_of is not None:
-        raise Unprintable(f"{cls.name}, one of several rules for the same rows, has no Triton form yet")
 
 
 def _made(spec: KernelSpec) -> KernelSpec:
@@ -128,8 +80,8 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
     logits: how base-2 logits are kept between the launches, fp32 or fp16. Half the bytes (1.6 % of K and V
     less at a group of 4 and head_dim 128), but fp16 moves a probability by up to 0.5 % where logits exceed 16.
     """
-    _read_plainly(plan)
-    holes: dict[str, Hole] = {f"init {state.name}": _plain(state.init) for state in plan.states}
+    reach.after_reads(plan)
+    holes: dict[str, Hole] = {f"init {state.name}": reach.formula(state.init) for state in plan.states}
     for state in plan.states:
         if state.add is not None:
             holes[f"add {state.name}"] = _state_tile(state, state.add).formula
@@ -153,7 +105,7 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
 
 
 def _state_tile(state: StatePlan, add: Expr) -> Tile:
-    _plain(add)
+    reach.formula(add)
     if "q" in open_axes(add):  # states grow query by query, so a forward adds the sum
         closed = Expr("reduce", (add,), ("mean", "g")) if "g" in open_axes(add) else add
         add = Expr("reduce", (closed,), ("sum", "q"))
@@ -170,23 +122,16 @@ def _score_tiles(plan: PolicyPlan) -> Iterator[Tile]:
     for index, cls in enumerate(plan.classes):
         if _steps(plan, cls):
             try:
-                _judged_plainly(plan, index)
-                tiles = [_step_tile(cut(_plain(selection.score))) for selection in cls.selections]
+                reach.step_class(plan, index)
+                tiles = [_step_tile(cut(reach.formula(selection.score))) for selection in cls.selections]
             except Unprintable:
                 continue  # evict_spec says so; the other classes still want their scores
             yield from (tile for tile in tiles if tile is not None)
 
 
 def _selection_facts(plan: PolicyPlan, index: int, term: Selection) -> dict[str, int | str]:
-    heads = joined_heads(_plain(term.score))
-    if (unit := term.unit or term.whole) is not None:
-        raise Unprintable(f"selections per {unit} have no Triton form yet")
-    if term.rank not in ("top", "bottom"):
-        raise Unprintable(f"{term.rank} has no Triton form yet")
-    if term.scope == "query_head":
-        raise Unprintable("selections per query_head have no Triton form yet")
-    if term.layers != "each" or term.pick is not None:
-        raise Unprintable("choices that layers share or compete for have no Triton form yet")
+    reach.choice(term)
+    heads = joined_heads(reach.formula(term.score))
     if heads and term.scope != "shared":
         raise Unprintable(f"{heads}[h] where heads do not share the answer has no Triton form yet")
     cls = plan.classes[index]
@@ -219,19 +164,20 @@ _NO_SELECTION: dict[str, int | str] = {
 def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
     """What class `index` drops after a step: judge, choose, compact, for all its rows at once."""
     cls = plan.classes[index]
-    _judged_plainly(plan, index)
+    reach.step_class(plan, index)
+    decode_spec(plan)  # it makes the scores, so without it there is nothing to judge by
     if len(cls.selections) > 1:
         raise Unprintable(f"class {cls.name} has several selections after a step")
     regions = [term for term in cls.keep if isinstance(term, Region)]
     holes: dict[str, Hole] = {
         "regions": " | ".join(region_text(plan, region) for region in regions) or "(at < 0)",
-        "counts": "\n".join(f"{i} {plan.counts[i].name}" for i in _counts(cls)),
+        "counts": "\n".join(f"{i} {plan.counts[i].name}" for i in reach.counts_of(cls)),
     }
-    facts = _pool_facts(plan) | {"warps": 4, "ordered": cls.by_position, "freezes": _freezes(cls)}
+    facts = _pool_facts(plan) | {"warps": 4, "ordered": cls.by_position, "freezes": _freezes(plan, index)}
     tag = "regions"
     if cls.selections:
         (term,) = cls.selections
-        parts = cut(_plain(term.score))
+        parts = cut(reach.formula(term.score))
         _step_tile(parts)
         if any(node.op == "pool" for node in parts.row.walk()):
             raise Unprintable("pooling after a step has no Triton form yet")
@@ -243,16 +189,15 @@ def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
     return _made(KernelSpec.of("evict", holes, tag, **facts))
 
 
-def _counts(cls: ClassPlan) -> list[int]:
-    return sorted({term.count for term in cls.keep if term.count is not None})
-
-
-def _freezes(cls: ClassPlan) -> bool:
-    return any(isinstance(term, Region) and term.kind == "frozen" for term in cls.keep)
+def _freezes(plan: PolicyPlan, index: int) -> bool:
+    """Whether some rule for the rows of a class keeps what has won before, by whichever rule."""
+    rules = [cls for i, cls in enumerate(plan.classes) if index in (i, cls.rows_of)]
+    return any(isinstance(term, Region) and term.kind == "frozen" for cls in rules for term in cls.keep)
 
 
 def select_spec(plan: PolicyPlan, index: int, term: Selection) -> KernelSpec:
     """Winners of one selection over a prefill's rows."""
+    reach.piece_choice(plan, term)
     facts = _selection_facts(plan, index, term) | {"warps": 8}
     return _made(KernelSpec.of("select", None, str(term.rank), **facts))
 
@@ -264,7 +209,10 @@ def pack_spec(plan: PolicyPlan) -> KernelSpec:
 
 def state_spec(plan: PolicyPlan, state: StatePlan) -> KernelSpec | None:
     """What a whole prefill adds to a state; None where nothing updates it."""
-    return None if state.add is None else _columns(plan, _state_tile(state, state.add), state.name)
+    if state.add is None:
+        return None
+    reach.reads(plan)
+    return _columns(plan, _state_tile(state, state.add), state.name)
 
 
 def score_specs(plan: PolicyPlan, term: Selection) -> tuple[KernelSpec, ...]:
@@ -272,7 +220,8 @@ def score_specs(plan: PolicyPlan, term: Selection) -> tuple[KernelSpec, ...]:
 
     Empty where the score is a state alone, which is its own score.
     """
-    parts = cut(_plain(term.score))
+    reach.contestants(term)
+    parts = cut(reach.formula(term.score))
     tile = _one_tile(parts)
     if tile is None:
         if parts.row.op == "state":
@@ -348,7 +297,10 @@ def _row_stage(row: Expr) -> KernelSpec:
     return _made(KernelSpec.of("pool", holes, f"{kind}{width}", kind=kind, width=width, warps=4))
 
 
-def _places(plan: PolicyPlan, logits: str) -> Iterator[tuple[str, Callable[[], tuple[KernelSpec, ...]]]]:
+Make = Callable[[], tuple[KernelSpec, ...]]
+
+
+def _places(plan: PolicyPlan, logits: str) -> Iterator[tuple[str, Make]]:
     """(what it is for, how to make it) of every kernel that the plan asks for."""
     yield "decode", lambda: (decode_spec(plan, logits),)
     yield "pack", lambda: (pack_spec(plan),)
@@ -356,22 +308,28 @@ def _places(plan: PolicyPlan, logits: str) -> Iterator[tuple[str, Callable[[], t
         if _steps(plan, cls):
             yield f"class {cls.name}, after a step", lambda i=index: (evict_spec(plan, i),)  # type: ignore[misc]
         if _prefills(plan, cls):
-            place = f"class {cls.name}, prefill"
-            try:
-                _pieces_judged_plainly(plan, index)
-            except Unprintable as reason:
-                yield place, lambda r=reason: _refused(r)  # type: ignore[misc]
-                continue
-            for term in cls.selections:
-                yield place, lambda t=term: score_specs(plan, t)  # type: ignore[misc]
-                yield place, lambda i=index, t=term: (select_spec(plan, i, t),)  # type: ignore[misc]
+            for make in _after_a_piece(plan, index):
+                yield f"class {cls.name}, prefill", make
     for state in plan.states:
         if state.add is not None:
             yield f"state {state.name}, prefill", lambda s=state: (state_spec(plan, s),)  # type: ignore[misc]
 
 
-def _refused(reason: Unprintable) -> tuple[KernelSpec, ...]:
-    raise reason
+def _after_a_piece(plan: PolicyPlan, index: int) -> Iterator[Make]:
+    """Scores and winners of a class, unless its rows are judged by the reference alone."""
+
+    def all_of_it() -> tuple[KernelSpec, ...]:
+        reach.piece_class(plan, index)
+        return ()
+
+    yield all_of_it
+    try:
+        all_of_it()
+    except Unprintable:
+        return
+    for term in plan.classes[index].selections:
+        yield lambda t=term: score_specs(plan, t)  # type: ignore[misc]
+        yield lambda t=term: (select_spec(plan, index, t),)  # type: ignore[misc]
 
 
 def specs_for(plan: PolicyPlan, logits: str = "fp32") -> tuple[KernelSpec, ...]:

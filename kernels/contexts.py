@@ -9,7 +9,7 @@ from typing import Any
 
 from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
-from kvcompile.kernels.printers import TORCH, TRITON, Axis
+from kvcompile.kernels.printers import TORCH, TRITON, Axis, extreme_of
 from kvcompile.kernels.signatures import offline_lines
 from kvcompile.kernels.spec import KernelSpec
 
@@ -67,8 +67,8 @@ def _decode(spec: KernelSpec) -> Context:
 _JOIN = {
     "mean": ("0.0", "joint + judged", "torch.stack(scores).mean(0)"),
     "sum": ("0.0", "joint + judged", "torch.stack(scores).sum(0)"),
-    "max": ("float('-inf')", "tl.maximum(joint, judged)", "torch.stack(scores).amax(0)"),
-    "min": ("float('inf')", "tl.minimum(joint, judged)", "torch.stack(scores).amin(0)"),
+    "max": ("float('-inf')", "tl.maximum(joint, judged, tl.PropagateNan.ALL)", "torch.stack(scores).amax(0)"),
+    "min": ("float('inf')", "tl.minimum(joint, judged, tl.PropagateNan.ALL)", "torch.stack(scores).amin(0)"),
 }
 
 
@@ -173,8 +173,8 @@ def _pack(spec: KernelSpec) -> Context:
 _FOLD = {
     "sum": ("0.0", "{acc} + {x}"),
     "mean": ("0.0", "{acc} + {x}"),
-    "max": ("float('-inf')", "tl.maximum({acc}, {x})"),
-    "min": ("float('inf')", "tl.minimum({acc}, {x})"),
+    "max": ("float('-inf')", "tl.maximum({acc}, {x}, tl.PropagateNan.ALL)"),
+    "min": ("float('inf')", "tl.minimum({acc}, {x}, tl.PropagateNan.ALL)"),
 }
 
 
@@ -200,16 +200,16 @@ def _columns(spec: KernelSpec) -> Context:
         "skips": formulas["pre"].op == "evidence" and "p" in pre.uses and q_fn in ("sum", "mean"),
         "q_start": _FOLD[q_fn][0],
         "g_start": _FOLD[g_fn][0],
-        "q_step": _fold_tile(q_fn),
+        "q_step": _fold_tile(q_fn, formulas["pre"]),
         "g_step": _FOLD[g_fn][1].format(acc="over_g", x="y"),
         "q_mean": q_fn == "mean",
         "g_mean": g_fn == "mean",
     }
 
 
-def _fold_tile(fn: str) -> str:
-    reduced = {"sum": "tl.sum(x, 1)", "mean": "tl.sum(x, 1)", "max": "tl.max(x, 1)", "min": "tl.min(x, 1)"}[fn]
-    return _FOLD[fn][1].format(acc="over_q", x=reduced)
+def _fold_tile(fn: str, pre: Expr) -> str:
+    word = extreme_of("sum" if fn == "mean" else fn, pre)
+    return _FOLD[fn][1].format(acc="over_q", x=TRITON.reduce[word].format("x", axis=1))
 
 
 def _keys(spec: KernelSpec) -> Context:

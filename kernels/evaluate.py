@@ -23,7 +23,8 @@ from kvcompile.kernels.rotary import rotate
 H, G, Q, U, E, D = range(6)  # E: entries, the axis i
 _DIM = {"h": H, "g": G, "q": Q, "u": U, "i": E, "d": D}
 FORWARD = QuerySource("forward")
-WIDE = 1 << 22  # values of one formula's node that are held at a time, where rows or queries can be taken apart
+WIDE = 1 << 22  # values of one formula's node that are held at a time, where queries can be taken apart
+NEAR = 1 << 18  # the same where rows can: what a core's cache holds, beyond which rows are faster one by one
 
 Leaves = Mapping[tuple[str, object], Tensor]
 
@@ -136,8 +137,8 @@ def score(
     that it could read, and for an entry only the queries that could read it.
     """
     count = rows.pos.shape[0]
-    if count > 1 and not ties_heads(expr) and _held(expr, rows) > WIDE:
-        # The values of one KV head at a time are all that memory has to hold.
+    if count > 1 and not ties_heads(expr) and _held(expr, rows) > NEAR:
+        # The values of one KV head at a time are all that memory and cache have to hold.
         return torch.cat(
             [
                 score(
@@ -153,7 +154,7 @@ def score(
 def number(expr: Expr, rows: Rows, leaves: Leaves | None = None) -> Tensor:
     """One float32 per row, [rows]; the mean over query heads and queries where they are left over."""
     count = rows.pos.shape[0]
-    if count > 1 and not ties_heads(expr) and _held(expr, rows) > WIDE:
+    if count > 1 and not ties_heads(expr) and _held(expr, rows) > NEAR:
         return torch.cat([number(expr, rows.one(r), _row_of(leaves, r)) for r in range(count)])
     return _Evaluator(rows, rows.resident, None, leaves or {}, None, False).number(expr)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels.evaluate import Queries, Rows
@@ -151,8 +152,12 @@ def gather_rows(
         if keys:
             k = fresh.k[heads] if k is None else torch.cat([k, fresh.k[heads]], 1)
             v = fresh.v[heads] if v is None else torch.cat([v, fresh.v[heads]], 1)
+    if not pos.shape[1]:  # rows that have dropped all: a column without an entry, for what reduces over entries
+        pos, state = F.pad(pos, (0, 1), value=-1), F.pad(state, (0, 1))
+        resident, readable, frozen = (F.pad(t, (0, 1)) for t in (resident, readable, frozen))
+        k, v = (pool.new_zeros(*pos.shape, pool.shape[1]) if keys else None for pool in (site.k, site.v))
     order = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
-    if pos.shape[1] and bool((pos[:, 1:] < pos[:, :-1]).any()):
+    if bool((pos[:, 1:] < pos[:, :-1]).any()):
         order = torch.argsort(pos, dim=1, stable=True)
         pos, resident, readable, frozen = (t.gather(1, order) for t in (pos, resident, readable, frozen))
         state = state.gather(2, order.expand_as(state))
@@ -177,7 +182,7 @@ def gather_rows(
         k=k,
         v=v,
         layer=int(site.layer),
-        heads=torch.tensor(heads, device=pos.device).repeat(len(sequences)),
+        heads=index % kv_heads,
         step=clock[:, Clock.STEP],
         chunk=clock[:, Clock.NEW],
         bias=bias,

@@ -37,12 +37,10 @@ def carry_out(
 ) -> None:
     """Loser actions, marks of winners and drops, in rows whose entries are all in the pools.
 
-    index int64 [rows]; keep, won bool [rows, n], in entry order; columns past a row's entries say nothing.
+    index int64 [rows]; keep, won bool [rows, n], in entry order, false past a row's entries.
     """
-    if part.only_picks or not keep.shape[1]:
+    if part.only_picks:
         return
-    width = int(site.length[index].max())
-    keep, won = keep[:, :width], won[:, :width]
     if part.moves:
         keep = settle(plan, part, site, index, keep)
     apply(site, index, keep, won & keep, part, heads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +90,11 @@ class Program:
     backend: Backend
     weights: Weights = field(default_factory=dict)
 
+    @cached_property
+    def evicts_in_step(self) -> bool:
+        """As the plan says; asked for in every layer of every step."""
+        return self.plan.evicts_in_step
+
 
 _programs: dict[str, Program] = {}
 
@@ -107,12 +113,12 @@ def program(site: str) -> Program:
 
 
 def _anchor(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, phase: str, site: str) -> Tensor:
-    plan = program(site).plan
     if phase == "step":
         out = _attend_step(q, k, v, store, scale, site)
-        if plan.evicts_in_step:
+        if program(site).evicts_in_step:
             _evict_step(store, 1, scale, site)
         return out
+    plan = program(site).plan
     out = _attend_prefill(q, k, v, store, scale, site)
     state = _observe(q, k, v, store, scale, site) if plan.states else None
     for cls, judges in stages(plan, phase):

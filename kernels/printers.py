@@ -46,6 +46,7 @@ class Dialect:
     where: str
     number: str
     scalar: str  # a literal as a value that functions take
+    truth: str  # 0 or 1 as a truth value
 
 
 TRITON = Dialect(
@@ -61,19 +62,33 @@ TRITON = Dialect(
         "max": "tl.maximum({0}, {1}, tl.PropagateNan.ALL)",
         "min": "tl.minimum({0}, {1}, tl.PropagateNan.ALL)",
     },
-    reduce={fn: f"tl.{fn}({{0}}, {{axis}})" for fn in ("sum", "max", "min")},
+    reduce={fn: f"tl.{fn}({{0}}, {{axis}})" for fn in ("sum", "max", "min")}
+    | {  # tl.max and tl.min pass over NaN, the language does not
+        f"{fn} with NaN": "tl.where(tl.max(({0} != {0}).to(tl.int32), {axis}) > 0, float('nan'), "
+        f"tl.{fn}({{0}}, {{axis}}))"
+        for fn in ("max", "min")
+    },
     where="tl.where",
     number="{0}.to(tl.float32)",
     scalar="tl.full([], {0}, tl.float32)",
+    truth="tl.full([], {0}, tl.int1)",
 )
 TORCH = Dialect(
     unary={name: f"torch.{name}({{0}})" for name in ("neg", "exp", "log", "sqrt", "abs", "sigmoid")},
     extreme={"max": "torch.maximum({0}, {1})", "min": "torch.minimum({0}, {1})"},
-    reduce={"sum": "torch.sum({0}, {axis})", "max": "torch.amax({0}, {axis})", "min": "torch.amin({0}, {axis})"},
+    reduce={"sum": "torch.sum({0}, {axis})"}
+    | {fn + more: f"torch.a{fn}({{0}}, {{axis}})" for fn in ("max", "min") for more in ("", " with NaN")},
     where="torch.where",
     number="{0}.float()",
     scalar="torch.tensor({0})",
+    truth="torch.tensor({0} != 0)",
 )
+
+
+def extreme_of(fn: str, arg: Expr) -> str:
+    """The word of `Dialect.reduce` for a reduction of a formula: whether it has to look out for NaN."""
+    return fn if fn == "sum" or arg.op in ("evidence", "field") else f"{fn} with NaN"
+
 
 _COMPARE = ("<", "<=", ">", ">=", "==", "!=")
 _IDENTITY = {"sum": "0.0", "max": "float('-inf')", "min": "float('inf')"}
@@ -152,6 +167,8 @@ class Printer:
         if op in self.dialect.extreme or op in _COMPARE:
             left, right = self._boxed(left), self._boxed(right)
         axes, (a, b) = self._join(left, right)
+        if op == "!=":  # of NaN every comparison is false, this one too
+            return self._let(f"({a} < {b}) | ({a} > {b})", axes, truth=True)
         if op in _COMPARE:
             return self._let(f"{a} {op} {b}", axes, truth=True)
         if op in self.dialect.extreme:
@@ -165,8 +182,13 @@ class Printer:
         return f"{self.dialect.where}({b} == 0, 0.0, {a} / {b})"
 
     def _truth(self, expr: Expr) -> Value:
+        """Whether a number is neither 0 nor NaN."""
         value = self.value(expr)
-        return value if value.truth else Value(f"({self._boxed(value).text} != 0)", value.axes, True)
+        if value.truth:
+            return value
+        if value.literal:
+            return Value(self.dialect.truth.format(int(float(value.text.strip("()")) != 0)), "", True)
+        return self._let(f"({value.text} < 0) | ({value.text} > 0)", value.axes, truth=True)
 
     def _pair(self, expr: Expr) -> Value:
         left, right = (self.number(arg) for arg in expr.args)
@@ -186,7 +208,7 @@ class Printer:
             raise Unprintable(f"{fn}[{axis}] of what has no axis {axis} has no Triton form yet")
         rest = x.axes.replace(axis, "")
         if fn in ("sum", "max", "min"):
-            return self._let(self._total(x, axis, fn), rest)
+            return self._let(self._total(x, axis, extreme_of(fn, expr.args[0])), rest)
         if fn not in ("mean", "var", "std"):
             raise Unprintable(f"{fn}[{axis}] inside a tile has no Triton form yet")
         total, size = self._total(x, axis), self.axes[axis].size
@@ -195,14 +217,15 @@ class Printer:
             return mean
         axes, (a, m) = self._join(x, mean)
         far = self._let(f"{a} - {m}", axes)
-        var = f"{self._total(Value(f'{far.text} * {far.text}', axes), axis)} / ({size} - 1)"  # the sample variance
+        var = f"{self._total(Value(f'{far.text} * {far.text}', axes), axis)} / "
+        var += f"({size} - 1 + ({size} == 1))"  # the sample variance; of one value 0
         return self._let(self.dialect.unary["sqrt"].format(var) if fn == "std" else var, rest)
 
     def _total(self, x: Value, axis: str, fn: str = "sum") -> str:
         if axis not in self.axes:
             raise Unprintable(f"a reduction over {axis} has no place in this kernel")
-        mask, text = self.axes[axis].mask, x.text
+        mask, text, dim = self.axes[axis].mask, x.text, x.axes.index(axis)
         if mask is not None:
             _, (m, _) = self._join(Value(mask, axis), x)
-            text = f"{self.dialect.where}({m}, {text}, {_IDENTITY[fn]})"
-        return self.dialect.reduce[fn].format(text, axis=x.axes.index(axis))
+            text = f"{self.dialect.where}({m}, {text}, {_IDENTITY[fn.split()[0]]})"
+        return self.dialect.reduce[fn].format(text, axis=dim)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -181,11 +182,15 @@ def optimized(model: nn.Module) -> Optimized:
 def _backend(backend: str, model: nn.Module) -> str:
     if backend not in BACKENDS:
         raise KvCompileError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
+    device = next(model.parameters()).device
     if backend == "auto":
-        return "triton" if next(model.parameters()).device.type == "cuda" else "cpu"
-    if backend == "cpu" and next(model.parameters()).device.type != "cpu":
+        return "triton" if device.type == "cuda" else "cpu"
+    if backend == "cpu" and device.type != "cpu":
+        raise KvCompileError(f"backend 'cpu' with a model on {device}: use 'triton' or 'reference'")
+    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         raise KvCompileError(
-            f"backend 'cpu' with a model on {next(model.parameters()).device}: use 'triton' or 'reference'"
+            "backend 'triton' with a model on cpu: use 'cpu', move the model to a GPU, or set TRITON_INTERPRET=1 "
+            "to run its kernels slowly on Triton's interpreter"
         )
     return backend
 

@@ -60,7 +60,7 @@ def check(
         shared.print_json([o.to_dict() | tree for o, tree in zip(outcomes, trees, strict=True)])
     else:
         for outcome in outcomes:
-            _show(outcome, ast)
+            _show(outcome, ast, strict)
     bad = ("error", "warning") if strict else ("error",)
     if any(outcome.count(*bad) for outcome in outcomes):
         raise typer.Exit(1)
@@ -122,7 +122,7 @@ def _policies(file: str, name: str | None) -> list[Loaded]:
         return [load(tree, policy.name, base=Path(file).parent) for policy in tree.policies]
 
 
-def _show(outcome: Outcome, ast: bool) -> None:
+def _show(outcome: Outcome, ast: bool, strict: bool) -> None:
     if ast and outcome.tree is not None:
         for line in _tree_lines(outcome.tree, 0):
             typer.echo(line)
@@ -130,7 +130,7 @@ def _show(outcome: Outcome, ast: bool) -> None:
     for finding in sorted(outcome.findings, key=lambda found: ranks.index(found.severity)):
         print(finding, file=sys.stderr)
     errors, warnings = outcome.count("error"), outcome.count("warning")
-    if errors:
+    if errors or (strict and warnings):
         print(f"{outcome.file}: {_plural(errors, 'error')}, {_plural(warnings, 'warning')}", file=sys.stderr)
     else:
         names = ", ".join(outcome.policies)

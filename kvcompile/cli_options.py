@@ -25,7 +25,7 @@ Settings = Annotated[
 ]
 Tables = Annotated[
     list[str] | None,
-    typer.Option("--table", metavar="HEADS=FILE", help="The table of a head class; may be repeated."),
+    typer.Option("--table", metavar="NAME=FILE", help="File of a head class, share or trained score; may be repeated."),
 ]
 PolicyName = Annotated[
     str | None, typer.Option("--name", metavar="POLICY", help="Which policy of a file that holds several.")
@@ -74,8 +74,8 @@ def parameters(words: list[str] | None) -> dict[str, str]:
 
 
 def table_files(words: list[str] | None) -> dict[str, str] | None:
-    """The tables of head classes."""
-    return pairs(words, "--table", "HEADS=FILE") or None
+    """The files of head classes, shares and trained scores."""
+    return pairs(words, "--table", "NAME=FILE") or None
 
 
 def choice(value: str, allowed: tuple[str, ...], option: str) -> str:

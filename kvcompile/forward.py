@@ -233,7 +233,7 @@ class OptimizedForward:
         plan = self.engine.plan
         waiting = list(waits(plan, call.phase == "step"))
         measures = ends and any(share.measured for share in plan.shares)
-        if not measures and not bool(fires[waiting].any()):
+        if not measures and not (waiting and bool(fires[waiting].any())):
             return None
         stores = [t for site in call.sites for t in site]
         parts = torch.ops.kvc.evict_span_v1(stores, len(call.sites), self.engine.scale, call.phase, call.site)

@@ -101,6 +101,11 @@ def _complete(union: UnionOp, context: Context) -> None:
         if isinstance(term, RegionOp) and term.count is not None and term.kind.data in ("sink", "recent")
         and not any(isinstance(op, ShareOp) for op in below(term.count))
     ]  # fmt: skip
+    moving = [op for count in fixed if isinstance(op := count.owner, Operation) and _moves(count)]
+    pyramids = [share for share in shares if share.by.data == "pyramid"]
+    if moving and pyramids:
+        raise fail("K914", f"`{pyramids[0].label.data}` is divided once, beside a region whose size moves",
+                   context.places.span(moving[0]), "give the region a number or a part of the prompt")  # fmt: skip
     groups = {
         term.sharing.value.data if term.sharing is not None else 1
         for term in terms
@@ -129,6 +134,11 @@ def _complete(union: UnionOp, context: Context) -> None:
     for index, term in enumerate(terms):
         assert isinstance(term, Operation)
         union.operands[index] = _written_anew(term, anew, union, block).results[0]
+
+
+def _moves(count: SSAValue) -> bool:
+    """Whether a count is not known with the prompt's length."""
+    return any(isinstance(op, kv.ScalarOp) and op.what.data != "prompt" for op in below(count))
 
 
 def _written_anew(op: Operation, anew: dict[Operation, Operation], before: Operation, block: Block) -> Operation:

@@ -115,7 +115,8 @@ class Explanation:
                 f"{self.gpu:<12}a decode step takes {self.step_seconds * 1e3:.2f} ms at best, untouched "
                 f"{self.step_seconds_full * 1e3:.2f} ms: {self.step_seconds_full / self.step_seconds:.2f} times as fast"
             )
-        return "\n".join(lines)
+        warnings = dict.fromkeys(f"{d.message} [{d.code}]" for d in self.diagnostics if d.severity == "warning")
+        return "\n".join([*lines, *(f"{'warning':<12}{warning}" for warning in warnings)])
 
     def _entries(self) -> list[tuple[str, str]]:
         """Layers that hold the same, a line for each run of them: what each class's KV heads hold together."""
@@ -129,7 +130,8 @@ class Explanation:
         for first, last in runs:
             where = f"layer {last}" if first.layer == last else f"layers {first.layer}..{last}"
             most = "" if self.exact_entries else "at most "
-            each = ", ".join(f"{most}{n} in {first.heads[name]} heads of {name}" for name, n in first.held.items())
+            heads = {name: f"{n} head{'' if n == 1 else 's'} of {name}" for name, n in first.heads.items()}
+            each = ", ".join(f"{most}{n} in {heads[name]}" for name, n in first.held.items())
             out.append(("entries" if not out else "", f"{where}: {each}"))
         return out
 

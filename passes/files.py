@@ -7,6 +7,7 @@ tables, which are small; weights are only found, the run time reads them.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from xdsl.dialects.builtin import ArrayAttr, StringAttr
@@ -44,7 +45,11 @@ def located(name: str, written: str, span: Span, context: Context, code: str = "
     if base is None and not path.is_absolute():
         raise fail(code, f"the policy brings no {what} for `{name}`", span,
                    f'give one: tables={{"{name}": "path/to/{path.name}"}}, or --table {name}=PATH')  # fmt: skip
-    return path if base is None else base / path
+    path = path if base is None else base / path
+    if not os.path.exists(path):  # unlike Path.exists, False for every name that cannot be a file's
+        raise fail(code, f"no such {what}: {path}", span,
+                   f'check the path, or give another: --table {name}=PATH, or tables={{"{name}": "PATH"}}')  # fmt: skip
+    return path
 
 
 def bind_files(policy: PolicyOp, context: Context) -> None:

@@ -7,9 +7,10 @@ by then for the same KV head, no pick is made of itself, and layers that share a
 from __future__ import annotations
 
 import networkx as nx
-from xdsl.ir import Operation
+from xdsl.ir import Operation, SSAValue
 
 from kvcompile.dsl.diagnostics import fail
+from kvcompile.dsl.dialect import BinaryOp, ConstOp, ScalarOp, UnaryOp
 from kvcompile.dsl.dialect_policy import ClassOp, PolicyOp
 from kvcompile.dsl.dialect_sets import Decision, KeepOp, PickOp, RegionOp, TopOp, TriggerAttr
 from kvcompile.passes.carried import terms_of
@@ -82,10 +83,31 @@ def _check_in_time(term: RegionOp, reader: Decision, writers: list[PickOp], cont
     needed = min((_PHASES.index(phase) for t in reader.triggers for phase in _may_fire(t)), default=len(_PHASES))
     for writer in writers:
         sure = [_PHASES.index(t.kind.data) for t in writer.triggers if t.kind.data in _PHASES and t.cond.value.data < 0]
-        if min(sure, default=len(_PHASES)) > needed:
+        if min(sure, default=len(_PHASES)) > needed and not _fires_with(writer, reader):
             raise fail("K707", f"the pick `{writer.label.data}` may be read at `{_PHASES[needed]}` before it is filled",
                        context.places.span(term),
                        f"let it be picked at `{_PHASES[needed]}`, too, without a condition")  # fmt: skip
+
+
+def _fires_with(writer: PickOp, reader: Decision) -> bool:
+    """Whether a pick is made whenever it is read: the same triggers, their conditions the same for all rows."""
+
+    def times(decision: Decision) -> set[tuple[str, int, str, SSAValue | None]]:
+        found = set()
+        for t in decision.triggers:
+            cond = decision.conds[t.cond.value.data] if t.cond.value.data >= 0 else None
+            found.add((t.kind.data, t.n.value.data, t.unit.data, cond))
+        return found
+
+    conditions = [cond for *_, cond in times(reader) if cond is not None]
+    return times(reader) <= times(writer) and not any(_by_row(cond) for cond in conditions)
+
+
+def _by_row(cond: SSAValue) -> bool:
+    """Whether a condition may differ between rows: it reads their length or their queries."""
+    if isinstance(cond.owner, ScalarOp):
+        return cond.owner.what.data == "len"
+    return not isinstance(cond.owner, ConstOp | UnaryOp | BinaryOp) or any(map(_by_row, cond.owner.operands))
 
 
 def _may_fire(trigger: TriggerAttr) -> tuple[str, ...]:

@@ -123,7 +123,9 @@ def _read(path: Path) -> str:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise fail("K610", "no such table", where, 'check the path, or give tables={"CLASS": path}') from None
+        raise fail(
+            "K610", "no such table", where, "check the path; a relative one counts from the working folder"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise fail("K610", f"cannot read the table: {reason}", where, "check the path and its rights") from None

@@ -50,7 +50,7 @@ def code_lines(path: Path) -> int:
 
 def test_all_examples_have_a_docstring_and_a_main() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
-    assert len(files) >= 8
+    assert len(files) >= 9
     for path in files:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path.name
@@ -90,6 +90,16 @@ def test_a_head_mask_in_the_published_layout_decides_what_each_head_keeps(run) -
     kept = [int(n) for row in re.findall(r"kept per KV head \[(.*)\]", out) for n in row.split(", ")]
     assert sorted(set(kept)) == [64, 519]  # sink and window, or all of 512 + 7
     assert kept.count(519) == 9 and len(kept) == 32
+
+
+def test_two_policies_stand_side_by_side_by_head_class(run) -> None:
+    out = run("05_compose.py")
+    assert "retrieval: 3 KV heads" in out and "local: 9 KV heads" in out
+    kept = [int(n) for row in re.findall(r"kept per KV head \[(.*)\]", out) for n in row.split(", ")]
+    assert sorted(kept) == [36] * 9 + [103] * 3  # sink and window; the budget and 7 new ones
+    assert "else fold mean weight count" in out
+    answer, wanted = re.search(r"-> (\w+) .*\(right: (\w+)\)", out).groups()
+    assert answer == wanted
 
 
 def test_the_demo_shows_who_remembers(run) -> None:

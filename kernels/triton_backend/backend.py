@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvcompile.kernels import evict, reference
 from kvcompile.kernels.compete import Contest
-from kvcompile.kernels.counts import scalars_of
 from kvcompile.kernels.evaluate import Rows
+from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import Fresh, gather_rows, needs_keys, query_sources, sequence, with_queries
 from kvcompile.kernels.layout import Clock, Site, compact
 from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan, Selection, StatePlan, UnitPlan
@@ -184,11 +184,12 @@ class _Kernels(Plainly):
             stages = library(self.plan).scores(term)
         except Unprintable:
             return super().score(term, rows, candidates, unit)
-        if not stages or unit is not None or rows.k is None or rows.bias is not None or not _agrees(rows):
+        if not stages or unit is not None or rows.k is None or rows.bias is not None:
             return super().score(term, rows, candidates, unit)
         # Readable entries are resident or peeked; pos -1 marks a column that holds neither.
         pos = rows.pos.masked_fill(~rows.readable, -1).int()[None]
-        queries = list((rows.queries or {}).values())
+        # One source at most, or the score would have no form; other formulas of the class may ask for more.
+        queries = [(rows.queries or {})[source] for source in sources_of([term.score])]
         q = queries[0].q.flatten(0, 1)[None] if queries else rows.k.new_zeros(1, 1, 1, 1)
         qpos = queries[0].pos[:1].int() if queries else pos.new_zeros(1, 1)
         return prefill.score(stages, q.contiguous(), rows.k[None], pos, qpos, candidates[None], rows.scale)[0]
@@ -200,14 +201,14 @@ class _Kernels(Plainly):
             module = library(self.plan).select(self.cls, term)
         except Unprintable:
             return super().choose(term, rows, values, candidates, n, versus)
-        by_row = term.count is not None and "len" in scalars_of(self.plan.counts[term.count])
-        if values.shape[0] != len(rows.pos) or term.fraction is not None or by_row:
-            return super().choose(term, rows, values, candidates, n, versus)
         together = term.scope != "head"
         count = len(rows.pos)
         lines = [list(range(count))] if together else [[h] for h in range(count)]
-        if term.scope == "across":
-            n = n // count  # the kernel takes the number per head; without a fraction it is the same for all
+        n = n.clamp(max=values.numel())  # more than there are is all of them
+        if term.scope == "across" and term.fraction is None:
+            if bool((n % count).any()):  # what heads were told to keep of their newest differs
+                return super().choose(term, rows, values, candidates, n, versus)
+            n = n // count  # the kernel takes the number per head
         heads = torch.tensor(lines, dtype=torch.int32, device=values.device)
         pos = rows.pos.int()[None]
         return prefill.winners(module, values[None].float(), candidates[None], pos, n[None].int(), heads)[0].bool()
@@ -237,11 +238,6 @@ def _packer(plan: PolicyPlan) -> ModuleType | None:
         return library(plan).pack()
     except Unprintable:
         return None
-
-
-def _agrees(rows: Rows) -> bool:
-    """Whether one source of queries, the same for all rows, is all that the score asks for."""
-    return len(rows.queries or {}) <= 1
 
 
 def _settle(site: Site, index: Tensor, keep: Tensor, won: Tensor, by_position: bool) -> None:

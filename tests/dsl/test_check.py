@@ -104,6 +104,8 @@ FAULTS = [
     ("pick t = top(n) by attn\nkeep t\nat step", "K204", 2, 24, "a pick that `keep` names"),
     # sets
     ("share b = n - 64 by pyramid(20)\nkeep recent(64) | top(b) by norm(k)\nat step", "K205", 2, 15, "-60"),
+    ("share b = 20% by pyramid(20)\nkeep top(b) by norm(k)\nat step", "K210", 2, 15, "20% of prompt"),
+    ("share b = 2.5 by pyramid(20)\nkeep top(b) by norm(k)\nat step", "K205", 2, 15, "2.5 is no whole number"),
     ("keep recent(64) | top(n - 64) by norm(k)\nat step", "K205", 2, 27, "regions of this set take 64"),
     ("keep sink(0 - n)\nat step", "K205", 2, 15, "-4"),
     ("unit page(0)\nkeep newest page\nat step", "K205", 2, 15, "`unit page(16)`"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import kvcompile
-from tests.driving import LIBRARY, Sizes
+from tests.driving import LIBRARY, Sample, Sizes
 from tests.models import random_model, tokens
 
 pytestmark = pytest.mark.gpu
@@ -27,9 +27,8 @@ SIZES = Sizes(budget=40, observe=8, chunk=64, percent=25)
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def generate(model: Any, backend: str, name: str, folder: Path, compile: str) -> tuple[torch.Tensor, list[Any]]:
+def generate(model: Any, backend: str, sample: Sample, folder: Path, compile: str) -> tuple[torch.Tensor, list[Any]]:
     """Logits of 24 steps after a batch of two prompts, one of them padded, and the positions kept."""
-    sample = LIBRARY[name](SIZES)
     kvcompile.optimize(model, sample.policy, backend=backend, compile=compile, **sample.options(folder))
     ids = torch.tensor([tokens(200, seed=1), tokens(200, seed=2)], device="cuda")
     mask = torch.ones_like(ids)
@@ -38,7 +37,8 @@ def generate(model: Any, backend: str, name: str, folder: Path, compile: str) ->
         ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
-    kept = [p.tolist() for layer in range(2) for row in range(2) for p in out.past_key_values.positions(layer, row)]
+    layers = range(model.config.num_hidden_layers)
+    kept = [p.tolist() for layer in layers for row in range(2) for p in out.past_key_values.positions(layer, row)]
     return torch.stack(out.logits), kept
 
 
@@ -46,9 +46,10 @@ def generate(model: Any, backend: str, name: str, folder: Path, compile: str) ->
 @pytest.mark.parametrize("compile", ["off", "eager"])
 @pytest.mark.parametrize("name", LIBRARY)
 def test_triton_equals_the_reference(name: str, compile: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = random_model("llama64").to("cuda", dtype)
-    expected, kept = generate(model, "reference", name, tmp_path, "off")
-    found, found_kept = generate(model, "triton", name, tmp_path, compile)
+    sample = LIBRARY[name](SIZES)
+    model = sample.model().to("cuda", dtype)
+    expected, kept = generate(model, "reference", sample, tmp_path, "off")
+    found, found_kept = generate(model, "triton", sample, tmp_path, compile)
     scale = expected.abs().max()
     if dtype == torch.float32:
         assert found_kept == kept

@@ -320,6 +320,15 @@ def test_queries_taken_block_by_block_give_the_same(fn: str, monkeypatch: pytest
         assert torch.allclose(value(formula, rows), whole, atol=1e-6)
 
 
+def test_rows_taken_one_by_one_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(9, heads=3)
+    soft = reduce("softmax", "i", binary("+", attn("last", 8, "logit"), ACC))
+    formula = reduce("mean", "g", reduce("sum", "q", soft))
+    whole = value(formula, rows)
+    monkeypatch.setattr(evaluate, "NEAR", 1)
+    assert torch.equal(value(formula, rows), whole)
+
+
 def test_what_is_added_to_logits_reaches_every_query() -> None:
     rows = rows_of(9)
     bias = torch.zeros(1, 9)

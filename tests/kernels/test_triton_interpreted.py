@@ -16,12 +16,27 @@ HERE = Path(__file__).parent / "triton_interpreted"
 ROOT = HERE.parents[2]
 
 
-@pytest.mark.skipif(bool(no_interpreter()), reason=no_interpreter())
-@pytest.mark.parametrize("suite", sorted(path.stem for path in HERE.glob("check_*.py")))
+SUITES = sorted(path.stem for path in HERE.glob("check_*.py"))
+SLOW = [suite for suite in SUITES if "pytest.mark.slow" in (HERE / f"{suite}.py").read_text(encoding="utf-8")]
+
+pytestmark = pytest.mark.skipif(bool(no_interpreter()), reason=no_interpreter())
+
+
+@pytest.mark.parametrize("suite", SUITES)
 def test_on_the_interpreter(suite: str) -> None:
+    _run(suite, "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SLOW)
+def test_the_rest_on_the_interpreter(suite: str) -> None:
+    _run(suite, "slow")
+
+
+def _run(suite: str, marked: str) -> None:
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "--no-header"]
     done = subprocess.run(
-        [*command, "-m", "", str(HERE / f"{suite}.py")],
+        [*command, "-m", marked, str(HERE / f"{suite}.py")],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -19,6 +19,7 @@ from tests.kernels.triton_interpreted.plans import ACC, attn, binary, const, nam
 
 ATTN = reduce("sum", "q", attn())
 POS, NOW = named("field", "pos"), named("scalar", "now")
+LOG = Expr("unary", (binary("-", ACC, const(Fraction(1, 2))),), "log")  # NaN where acc is less than a half
 
 FORMULAS = {
     "mean over heads": reduce("mean", "g", ATTN),
@@ -34,6 +35,11 @@ FORMULAS = {
     "log of age": Expr("unary", (binary("+", named("field", "age"), const(1)),), "log"),
     "root": Expr("unary", (Expr("unary", (binary("-", ACC, const(1)),), "abs"),), "sqrt"),
     "squashed": Expr("unary", (ACC,), "sigmoid"),
+    "unequal to NaN": binary("!=", LOG, const(0)),
+    "NaN and": binary("and", LOG, const(1)),
+    "NaN or": binary("or", LOG, binary(">", ACC, const(Fraction(9, 10)))),
+    "or nothing": binary("or", ACC, const(0)),
+    "largest with NaN": reduce("max", "g", Expr("unary", (binary("-", ATTN, const(Fraction(1, 8))),), "sqrt")),
     "length": binary("*", ACC, named("scalar", "len")),
 }
 
@@ -52,7 +58,7 @@ def test_the_torch_text_means_what_the_reference_means(name: str) -> None:
     names = {"torch": torch, "GROUP": 3, "p": p[0, :, 0].T, "state_acc": acc[0], "pos_i": pos[0].float()}
     names |= {"age": 11 - pos[0].float(), "now_b_value": torch.tensor(11.0), "n_len": torch.tensor(9.0)}
     exec("\n".join([*hole.lines, f"answer = {hole.result}"]), names)
-    assert torch.allclose(names["answer"].expand(9), want, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+    assert torch.allclose(names["answer"].expand(9), want, rtol=1e-5, atol=1e-6, equal_nan=True)  # type: ignore[attr-defined]
 
 
 def test_equal_parts_are_printed_once() -> None:

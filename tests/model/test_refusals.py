@@ -136,6 +136,15 @@ def test_not_a_model():
         kvcompile.optimize(torch.nn.Linear(2, 2), "keep_all")
 
 
+def test_triton_without_a_gpu_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = random_model("llama64")
+    with pytest.raises(kvcompile.KvCompileError) as found:
+        kvcompile.optimize(model, "knorm", backend="triton")
+    refused(found, "triton", "cpu", "triton_interpret=1")
+    assert not hasattr(model, "_kvcompile")
+
+
 @pytest.mark.parametrize("option", [{"backend": "abacus"}, {"compile": "sometimes"}])
 def test_an_unknown_option_value_names_the_known_ones(option):
     with pytest.raises(kvcompile.KvCompileError) as found:

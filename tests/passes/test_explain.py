@@ -234,3 +234,10 @@ def test_lengths_and_gpus_that_make_no_sense(options: dict[str, object], reason:
 def test_models_that_cannot_be_read(source: object, reason: str) -> None:
     with pytest.raises(KvCompileError, match=reason):
         model_facts(source)
+
+
+def test_warnings_stand_below_the_figures() -> None:
+    lines = str(explain("razor", config(), prompt=8192)).splitlines()
+    told = [line.split("[")[-1] for line in lines if line.startswith("warning")]
+    assert told == ["K401]", "K617]", "K617]"]
+    assert "warning" not in str(explain("streaming", config(), prompt=8192))
