@@ -169,7 +169,7 @@ def _known(state: State, term: Selection, event: Event, everything: bool, even: 
     """Whether a selection's number of winners follows from lengths. everything: every candidate may win."""
     if term.rank == "cover" or not state.certain(term.count, event):
         return False
-    if term.layers == "shared" and not all(member.alike for member in state.group.members):
+    if term.layers == "shared" and not (_follows(state, term) and all(m.alike for m in state.group.members)):
         return False
     if not _pools(term):
         return even and state.uniform and (_voices(state, term) == 1 or everything)
@@ -179,6 +179,11 @@ def _known(state: State, term: Selection, event: Event, everything: bool, even: 
         return False
     same = all((t.scope, t.layers) == (term.scope, term.layers) for c in state.keeping for t in c.selections)
     return state.uniform and (even or same)
+
+
+def _follows(state: State, term: Selection) -> bool:
+    """Whether a layer that follows another one's choice holds what that one holds: nothing else tells them apart."""
+    return all((t.layers, t.sharing) == ("shared", term.sharing) for c in state.keeping for t in c.selections)
 
 
 def _part(state: State, term: Selection, candidates: int, even: bool) -> int:

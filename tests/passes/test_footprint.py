@@ -215,3 +215,15 @@ def test_layers_that_compete_hold_their_sum() -> None:
     plan = compile_policy(text, FACTS).plan
     assert closed_form(plan, 40, 6) == counted(plan, 40, 6, seed=5) == [4 * 9] * 7
     assert exact(plan, 40, 6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "exact"),
+    [("top(3) by norm(v) shared layers(2)", True), ("top(3) by norm(k) | top(3) by norm(v) shared layers(2)", False)],
+)
+def test_a_layer_that_follows_is_counted_exactly_only_where_nothing_else_tells_layers_apart(
+    keep: str, exact: bool
+) -> None:
+    plan = compile_policy(f"policy mine():\n    keep {keep}\n    at prefill.end\n", ModelFacts(4, 4, 2, 64)).plan
+    (forward,) = forwards(plan, 4, 0)
+    assert forward.exact is exact
