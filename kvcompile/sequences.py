@@ -6,7 +6,6 @@ from a prompt's entries, which are handed in when its forward is done.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -55,12 +54,6 @@ class Sequences:
         self._bits = [_bits(cls) for cls in plan.classes]
         self._asked = asked_of(plan)
         self._latest: tuple[object, list[tuple[int, ...]]] = None, []
-
-    def ahead(self) -> Sequences:
-        """A copy to walk ahead on."""
-        other = Sequences(self.plan, 0)
-        other.each = copy.deepcopy(self.each)
-        return other
 
     def begin_prefill(self, new: list[int]) -> None:
         """A prefill of so many tokens per sequence starts; `prompt` is from now on what it will be."""
