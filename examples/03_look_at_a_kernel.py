@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from recall_data import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcompile
+from kvcompile.evaluation.tales import prompts
 
 FOLDER = Path(__file__).parent / "recall_model"
 

@@ -7,10 +7,10 @@ number per KV head. This one was measured for the shipped model by `ablation.py`
 from pathlib import Path
 from typing import Any
 
-from recall_data import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcompile
+from kvcompile.evaluation.tales import prompts
 
 FOLDER = Path(__file__).parent / "recall_model"
 

@@ -13,11 +13,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import recall_data as data
 import torch
 from rich.progress import track
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from kvcompile.evaluation import tales as data
 
 SINK, WINDOW = 4, 60  # what a local head reads: the first tokens and the newest
 

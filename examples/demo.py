@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import recall_data as data
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,6 +21,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import kvcompile
+from kvcompile.evaluation import tales as data
 
 FOLDER = Path(__file__).parent / "recall_model"
 KEPT = 30  # per cent of the text's entries that every policy but keep_all may keep

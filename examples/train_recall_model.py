@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import recall_data as data
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvcompile.evaluation import tales as data
 
 LEARNING_RATE = 2e-3
 WARM_UP = 100  # steps
@@ -33,8 +34,8 @@ LOOK_EVERY = 50  # steps between two looks at the accuracy
 class Stage:
     """One text length of the curriculum.
 
-    `texts`: texts in a step; `facts`: fewest and most facts of a text; `goal`: share of right answers that ends
-    the stage, not before `least` nor after `most` steps; `rate`: factor on the learning rate.
+    `texts`: texts in a step; `facts`, `mentions`: fewest and most of a text; `goal`: share of right answers that
+    ends the stage, not before `least` nor after `most` steps; `rate`: factor on the learning rate.
     """
 
     length: int
@@ -44,6 +45,7 @@ class Stage:
     least: int
     most: int
     rate: float = 1.0
+    mentions: tuple[int, int] = (0, 0)
 
 
 CURRICULUM = (
@@ -57,11 +59,11 @@ CURRICULUM = (
 )
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
+def new_model(seed: int, words: tuple[str, ...] = data.VOCABULARY) -> LlamaForCausalLM:
     """A small Llama with random weights: 3 layers, 8 query heads over 4 KV heads of 32 channels."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(data.VOCABULARY),
+        vocab_size=len(words),
         hidden_size=128,
         intermediate_size=192,
         num_hidden_layers=3,
@@ -83,15 +85,16 @@ def new_model(seed: int) -> LlamaForCausalLM:
     return model
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """Words are split at spaces; each is one token; the start token is put in front; padding goes left."""
-    words = Tokenizer(models.WordLevel(dict(data.INDEX), unk_token=data.UNKNOWN))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
+def new_tokenizer(words: tuple[str, ...] = data.VOCABULARY) -> PreTrainedTokenizerFast:
+    """Text is split at spaces; each word is one token; the start token is put in front; padding goes left."""
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=data.UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{data.BOS} $A", special_tokens=[(data.BOS, data.INDEX[data.BOS])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=tokenizer,
         bos_token=data.BOS,
         unk_token=data.UNKNOWN,
         pad_token=data.PAD,
@@ -103,9 +106,10 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def batch(rng: random.Random, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and weights [texts, length] of one step; all texts of a batch have the same number of facts."""
+    """Ids and weights [texts, length] of one step; all texts of a batch have as many facts and mentions."""
     n_facts = rng.randint(*stage.facts)
-    texts = [data.training_text(rng, stage.length, n_facts) for _ in range(stage.texts)]
+    mentions = rng.randint(*stage.mentions) if stage.mentions[1] else 0
+    texts = [data.training_text(rng, stage.length, n_facts, mentions) for _ in range(stage.texts)]
     ids = torch.tensor([data.encode(words) for words, _ in texts])
     return ids, torch.tensor([weights for _, weights in texts])
 
@@ -120,12 +124,17 @@ def step(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> t
     return (loss * weight).sum() / weight.sum(), right
 
 
-def train(seed: int, show: Callable[[Stage, int, float, float], None]) -> LlamaForCausalLM | None:
+def train(
+    seed: int,
+    show: Callable[[Stage, int, float, float], None],
+    curriculum: tuple[Stage, ...] = CURRICULUM,
+    words: tuple[str, ...] = data.VOCABULARY,
+) -> LlamaForCausalLM | None:
     """A trained model, or None if this seed did not learn to recall. `show(stage, step, loss, accuracy)` is told."""
-    model, rng = new_model(seed), random.Random(f"train {seed}")
+    model, rng = new_model(seed, words), random.Random(f"train {seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     done = 0
-    for stage in CURRICULUM:
+    for stage in curriculum:
         recent: list[float] = []
         reached = False
         for i in range(1, stage.most + 1):
@@ -144,7 +153,7 @@ def train(seed: int, show: Callable[[Stage, int, float, float], None]) -> LlamaF
                 reached = accuracy >= stage.goal
                 if reached and i >= stage.least:
                     break
-        if stage is CURRICULUM[0] and not reached:
+        if stage is curriculum[0] and not reached:
             return None
     return model.eval()
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvcompile.evaluation import tales as data
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDER = EXAMPLES / "recall_model"
 
@@ -27,7 +29,6 @@ def example(name: str) -> ModuleType:
     return sys.modules[name]
 
 
-data = example("recall_data")
 ablation = example("ablation")
 
 

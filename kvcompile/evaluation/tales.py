@@ -1,9 +1,10 @@
-"""Text that needs a long memory: facts planted far back, plain filler between, questions about the facts.
+"""A small language of tales: facts planted far back, a topic that colours what is said, filler, questions.
 
-Takes a seed; gives words, prompts and training batches, the same for the same seed on every machine.
-A fact reads `red suits alice .`, a question `colour of alice`, and its answer is the next word: `red`.
-Filler is a small grammar of sentences whose next word is mostly known from the last few, so a model
-needs short memory for the filler and long memory for the questions, and nothing else.
+Takes a seed; gives words, prompts and training texts, the same for the same seed on every machine.
+A fact reads `red suits alice .`, a question `colour of alice`, and its answer is the next word: `red`. A topic is
+set by `talk turns to weather .` and asked for by `so they say`, whose answer is the word that goes with the topic.
+Filler is a grammar of sentences whose next word is mostly known from the last few. So a model needs short memory for
+the filler, and two kinds of long memory for the rest: one looks for an equal word, the other for a kind of word.
 """
 
 from __future__ import annotations
@@ -33,9 +34,16 @@ VERBS = _words("barks sleeps sings runs flows blows ticks leaves works smiles dr
 ADJECTIVES = _words("old small quiet bright slow cold")
 GLUE = _words("the near every day suits colour of .")
 
-VOCABULARY = (PAD, BOS, UNKNOWN, *GLUE, *NAMES, *COLOURS, *NOUNS, *VERBS, *ADJECTIVES)
-FOLLOWERS = frozenset((*VERBS, "day", "suits", "of"))  # words that the word before all but decides
-INDEX = {word: i for i, word in enumerate(VOCABULARY)}
+# A topic has one mood, what `they say` of it: the same place in both.
+TOPICS = _words("weather music history cooking travel sport science art money health games law")
+MOODS = _words("stormy tuneful dusty tasty distant sweaty exact pretty costly sound merry strict")
+TOPIC_GLUE = _words("talk turns to so they say")
+
+VOCABULARY = (PAD, BOS, UNKNOWN, *GLUE, *NAMES, *COLOURS, *NOUNS, *VERBS, *ADJECTIVES)  # of tales without topics
+WITH_TOPICS = (*VOCABULARY, *TOPIC_GLUE, *TOPICS, *MOODS)
+# Words that the word before all but decides.
+FOLLOWERS = frozenset((*VERBS, "day", "suits", "of", "turns", "to", "they", "say"))
+INDEX = {word: i for i, word in enumerate(WITH_TOPICS)}
 
 SHORTEST, LONGEST = 4, 9  # words in a filler sentence, the stop included
 QUESTION_WORDS, FACT_WORDS = 3, 4
@@ -113,16 +121,21 @@ def prompts(count: int, length: int = 640, n_facts: int = 12, seed: int = 0) -> 
     return [prompt(rng, length, n_facts) for _ in range(count)]
 
 
-def training_text(rng: random.Random, length: int, n_facts: int) -> tuple[list[str], list[float]]:
+def training_text(rng: random.Random, length: int, n_facts: int, mentions: int = 0) -> tuple[list[str], list[float]]:
     """A text of exactly `length` tokens in which two facts of three are asked for, and the weight of each word.
 
-    The weight says how much predicting this word counts: `ANSWER`; `KNOWN` where the word before decides it
+    mentions: how often the mood of a topic is told, which is set in the first part; 0 for a tale without topic.
+    The weight says how much predicting a word counts: `ANSWER`; `KNOWN` where the word before decides it
     (nearly); `CHOSEN` where chance did, so that what nobody can know does not drown what can be learned.
     """
     known = facts(rng, n_facts)
     told = [[colour, "suits", name, "."] for name, colour in known.items()]
     # Not all are asked: else an answer could be guessed as a colour that was told and not yet asked for.
     asked = [["colour", "of", name, known[name], "."] for name in rng.sample(list(known), 2 * n_facts // 3)]
+    if mentions:
+        topic = rng.randrange(len(TOPICS))
+        told.append(["talk", "turns", "to", TOPICS[topic], "."])
+        asked += [["so", "they", "say", MOODS[topic], "."]] * mentions
     plain = filler(rng, length - 1 - sum(map(len, told + asked)))
     cut = rng.randint(0, len(plain))
     early, late = told + plain[:cut], asked + plain[cut:]
@@ -131,7 +144,7 @@ def training_text(rng: random.Random, length: int, n_facts: int) -> tuple[list[s
     words = [BOS] + [word for piece in early + late for word in piece]
     weights = [0.0] + [KNOWN if word in FOLLOWERS else CHOSEN for word in words[1:]]
     for i, word in enumerate(words[3:], 3):
-        if word in COLOURS and words[i - 2] == "of":
+        if (word in COLOURS and words[i - 2] == "of") or word in MOODS:
             weights[i] = ANSWER
     return words, weights
 
