@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from kvcompile.dsl.check_cost import check_cost
 from kvcompile.dsl.check_heads import check_heads
+from kvcompile.dsl.check_learn import check_learn
 from kvcompile.dsl.check_losers import check_losers
 from kvcompile.dsl.check_names import check_names
 from kvcompile.dsl.check_scores import check_scores
@@ -26,6 +27,7 @@ CHECKS: tuple[Callable[[Context], None], ...] = (
     check_sets,
     check_losers,
     check_heads,
+    check_learn,
     check_time,
     check_cost,
 )

@@ -22,22 +22,15 @@ def check_heads(context: Context) -> None:
             if isinstance(prefix, ast.HeadsPrefix):
                 used.setdefault(prefix.name, prefix)
                 if prefix.name != "rest" and prefix.name not in declared:
-                    hint = did_you_mean(prefix.name, [*declared, "rest"]) or _declare(prefix.name)
+                    hint = did_you_mean(prefix.name, [*declared, "rest"]) or declare(prefix.name)
                     context.say("K601", f"no head class `{prefix.name}` is declared", prefix, hint)
-    for learn in context.resolved.learns:
-        if learn.heads.id not in declared:
-            context.say(
-                "K601",
-                f"no head class `{learn.heads.id}` of this policy to learn",
-                learn.heads,
-                did_you_mean(learn.heads.id, declared, "its classes") or _declare(learn.heads.id),
-            )
     _cycles(context, declared)
     _overlaps(context, used, declared)
     _left_out(context, declared)
 
 
-def _declare(name: str) -> str:
+def declare(name: str) -> str:
+    """A hint that shows how a class is declared."""
     return f'declare it: `heads {name} = table("masks.tsv", top=30%)`'
 
 
@@ -56,7 +49,7 @@ def _source(context: Context, decl: ast.HeadsDecl, source: ast.HeadSource, decla
     match source:
         case ast.HeadsSame():
             if source.name not in declared:
-                hint = did_you_mean(source.name, declared) or _declare(source.name)
+                hint = did_you_mean(source.name, declared) or declare(source.name)
                 context.say("K601", f"no head class `{source.name}` is declared", source, hint)
         case ast.HeadsRest():
             if len(decl.sources) > 1:

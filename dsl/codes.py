@@ -2,7 +2,7 @@
 
 Gives `CATALOGUE` and `severity(code)`. Guarantees: numbers are stable once released and grouped by hundreds:
 K0 text and syntax, K1 names, K2 sets and scopes, K3 time, K4 meaning, K5 cost, K6 heads and tables,
-K7 binding to a model, K9 parsed but not lowered by this version.
+K7 binding to a model, K8 learn blocks, K9 parsed but not lowered by this version.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ CATALOGUE: dict[str, Code] = {
     "K602": Code("error", "head classes overlap", "Every KV head belongs to one class."),
     "K603": Code("error", "heads left out", "Prefixed clauses must say something for every head, or `rest` must."),
     "K604": Code("error", "head source", "Head classes come from table(...), probe(...), another class or rest."),
-    "K610": Code("error", "table unreadable", "The table is no readable text file of a sensible size."),
+    "K610": Code("error", "table unreadable", "The table is no readable text or safetensors file of a sensible size."),
     "K611": Code("error", "head table value", "A head table holds finite numbers only."),
-    "K612": Code("error", "head table shape", "A head table has one line per layer and one number per KV head."),
+    "K612": Code("error", "head table shape", "A head table has one number for each KV head of each layer."),
     "K613": Code(
         "error", "head table needs a threshold", 'Say which part of the heads the class takes: table("f.tsv", top=30%).'
     ),
@@ -159,6 +159,25 @@ CATALOGUE: dict[str, Code] = {
     "K705": Code("error", "what cannot be combined", "Two clauses ask for things that exclude each other on one head."),
     "K706": Code("error", "model not supported", "The model lacks something that the policy needs."),
     "K707": Code("error", "pick not filled", "A layer can keep only what an earlier layer, or the same, has picked."),
+    # ------------------------------------------------------------ K8: learn blocks
+    "K801": Code("error", "learn block incomplete", "A learn block has a gate, a mix and a loss."),
+    "K802": Code("error", "learn clause twice", "A learn block has one gate, one mix, one loss and one freeze."),
+    "K803": Code("error", "unknown gate", "Gates are hard_concrete, clamp01 and sparsemax."),
+    "K804": Code("error", "gate option", "The gate knows no such option, or it is not a number of the range it needs."),
+    "K805": Code("error", "gate scope", "There is one gate per KV head, of every layer."),
+    "K806": Code("error", "mix", "A mix is z * LEARNED + (1 - z) * OTHER, of two head classes with a `keep` each."),
+    "K807": Code(
+        "error", "loss", "A loss is a sum of next_token, hidden_mse, lagrange and mean(z), each once, with a factor."
+    ),
+    "K808": Code("error", "learning target", "A target lies between 0% and 100%, and a ramp is a part of the steps."),
+    "K809": Code("warning", "gates stay open", "Without pressure on mean(z) every gate keeps its head."),
+    "K810": Code("error", "pressure on exact gates", "The count of `sparsemax` is exact, so nothing can press on it."),
+    "K811": Code("error", "nothing to freeze", "Only the weights of the model can be frozen."),
+    "K812": Code("error", "weights are learned too", "This version learns gates of a model whose weights are frozen."),
+    "K813": Code("error", "learned twice", "A head class of a policy has one learn block."),
+    "K814": Code("error", "set cannot be learned", "What a query reads must follow from positions."),
+    "K815": Code("error", "which learn block", "Learning needs a learn block of the policy, and to know which one."),
+    "K816": Code("warning", "nothing reads the mask", "What is learned is a table, which the class should come from."),
     # ------------------------------------------------------------ K9: parsed, not lowered by this version
     "K901": Code("error", "clause not lowered yet", "This version reads the clause but cannot run it."),
     "K902": Code("error", "region not lowered yet", "This version reads the region but cannot run it."),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from kvcompile.dsl.diagnostics import Diagnostic, fail, finding
 from kvcompile.dsl.graphs import extent
 from kvcompile.dsl.inherit import Flat, lineage, merge
 from kvcompile.dsl.load import Loaded
-from kvcompile.dsl.params import FINEST, LARGEST, bind_params, substitute
+from kvcompile.dsl.params import FINEST, LARGEST, Values, bind_params, substitute
 from kvcompile.dsl.printer import canonical
 from kvcompile.dsl.source import Source
 
@@ -62,6 +62,7 @@ class Resolved:
     """A policy ready to be checked and lowered.
 
     `heads` holds the classes that prefixes use, directly or through another class, in the order declared.
+    `learns` holds its learn blocks, inherited ones too, in the order of the lineage.
     `states` are split: one assignment per `State` clause. `findings` came up while resolving.
     """
 
@@ -92,7 +93,7 @@ def resolve(loaded: Loaded, params: Mapping[str, object] | None = None) -> Resol
     placed = _place(flat)
     clauses = tuple(p for p in placed if not isinstance(p.clause, ast.At))
     heads = _heads_in_scope(line, placed)
-    learns = tuple(lrn for link in line[:1] for lrn in link.file.learns if lrn.policy.id == loaded.policy.name)
+    learns = tuple(_with_values(learn, values, used) for learn in _learns_in_scope(line))
     findings = [
         finding(
             "K117",
@@ -181,6 +182,22 @@ def _heads_in_scope(line: tuple[Loaded, ...], placed: list[Placed]) -> tuple[Hea
         needed.add(name)
         wanted += [s.name for s in known[name].decl.sources if isinstance(s, ast.HeadsSame)]
     return tuple(head for name, head in known.items() if name in needed)
+
+
+def _learns_in_scope(line: tuple[Loaded, ...]) -> list[ast.Learn]:
+    """The learn blocks of a policy; of the classes that it has none for, those of its nearest ancestor."""
+    found: list[ast.Learn] = []
+    for link in line:
+        taken = {learn.heads.id for learn in found}
+        own = [learn for learn in link.file.learns if learn.policy.id == link.policy.name]
+        found += [learn for learn in own if learn.heads.id not in taken]
+    return found
+
+
+def _with_values(learn: ast.Learn, values: Values, used: set[str]) -> ast.Learn:
+    """The block with parameters put in. In a mix words are head classes, which may be called like a parameter."""
+    clauses = [clause if isinstance(clause, ast.Mix) else substitute(clause, values, used) for clause in learn.clauses]
+    return replace(learn, clauses=tuple(clauses))
 
 
 def _digest(clauses: tuple[Placed, ...], heads: tuple[HeadClass, ...]) -> str:

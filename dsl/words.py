@@ -120,6 +120,25 @@ SCOPES: dict[str, frozenset[str]] = {
 HEAD_SOURCES = frozenset({"table", "probe"})
 PROBES = frozenset({"induction", "echo"})
 
+# Gate of a learn block -> its options, and how it reads.
+GATES: dict[str, tuple[str, ...]] = {
+    "hard_concrete": ("init", "low", "high", "temperature"),
+    "clamp01": ("init",),
+    "sparsemax": ("keep", "init", "temperature", "ramp"),
+}
+GATE_SHAPES: dict[str, str] = {
+    "hard_concrete": "hard_concrete(init=4.0)",
+    "clamp01": "clamp01(init=1)",
+    "sparsemax": "sparsemax(keep=30%)",
+}
+# Terms of its loss, of a gate called z.
+LOSSES: dict[str, str] = {
+    "next_token": "next_token",
+    "hidden_mse": "hidden_mse(answer_tokens)",
+    "lagrange": "lagrange(mean(z), target=30%, ramp=80%)",
+    "mean": "0.05 * mean(z)",
+}
+
 _VERBS = (
     "policy",
     "heads",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompile.kernels import reference
 from kvcompile.kernels.evaluate import FORWARD, Queries
-from kvcompile.kernels.gather import Fresh, gather_rows, placed, sequence
+from kvcompile.kernels.gather import Fresh, gather_rows, placed, together
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.rotary import places, rotate
@@ -35,41 +35,61 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
     """As `reference.attend_prefill`: the piece's tokens and the resident past are two calls, merged by their LSE."""
     kv_heads = plan.facts.kv_heads
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    for b in range(site.batch):
-        fresh = sequence(site, b, q, k, v, None, kv_heads)
-        n = fresh.k.shape[1]
-        if not n:
-            continue
-        base = b * kv_heads
-        q_piece, k_piece = _turned_piece(site, base, fresh) if plan.compact else (fresh.q, fresh.k)
-        keys, values = (t[:, None].expand(q_piece.shape) for t in (k_piece, fresh.v))
-        read, lse = _flash(q_piece, keys, values, 0.0, True, scale=scale)
-        for h in range(kv_heads):
-            if int(site.length[base + h]):
-                read[h], lse[h] = _merge(read[h], lse[h], *_past(plan, site, base + h, q_piece[h], scale))
-        out[b, out.shape[1] - n :] = read.flatten(0, 1).transpose(0, 1)
-        reference.file_queries(site, b, q[b, :, q.shape[2] - n :], fresh.real, fresh.start)
+    clock = site.clock.tolist()
+    alike: dict[tuple[int, int], list[int]] = {}
+    for b, line in enumerate(clock):
+        if line[Clock.NEW] + line[Clock.PEEK]:
+            alike.setdefault((line[Clock.NEW], line[Clock.PEEK]), []).append(b)
+    for (new, peek), sequences in alike.items():
+        n = new + peek
+        piece = together(site, sequences, q, k, v, None, kv_heads)
+        rows = [b * kv_heads + h for b in sequences for h in range(kv_heads)]
+        asking, keys = _turned_piece(site, rows, piece) if plan.compact else (piece.q, piece.k)
+        many = (t[:, None].expand(asking.shape) for t in (keys, piece.v))
+        read, lse = _flash(asking, *many, 0.0, True, scale=scale)
+        _read_past(plan, site, rows, asking, read, lse, scale)
+        read = read.unflatten(0, (len(sequences), kv_heads)).flatten(1, 2).transpose(1, 2)
+        if len(sequences) == len(clock):
+            out[:, out.shape[1] - n :] = read
+        else:
+            out[sequences, out.shape[1] - n :] = read
+        for b in sequences if site.ring.shape[2] else ():
+            reference.file_queries(site, b, q[b, :, q.shape[2] - n :], new, clock[b][Clock.START])
     return out
 
 
-def _past(plan: PolicyPlan, site: Site, row: int, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Every query of a group [group, n, D] reads all of a row: output [group, n, D] and LSE [group, n]."""
-    start, length = int(site.table[row, 0]), int(site.length[row])
-    entries = slice(start, start + length)
-    k, v, bias = site.k[entries][None], site.v[entries][None, None], None
-    if plan.compact:
-        k = rotate(k, _places(site.pos[entries][None]), site.rope)
-    if plan.folds:
-        bias = _bias(site.pos[entries], _count(plan, site)[entries])[None]
-    out, lse = _flash(q.reshape(1, 1, -1, q.shape[-1]), k[None], v, 0.0, False, attn_mask=bias, scale=scale)
-    return out.reshape(q.shape), lse.reshape(q.shape[:2])
+def _read_past(
+    plan: PolicyPlan, site: Site, rows: list[int], q: Tensor, read: Tensor, lse: Tensor, scale: float
+) -> None:
+    """Every query of a group, q [rows, group, n, D], reads all of its row, too: read [rows, group, n, D] and
+    lse [rows, group, n] of what it has read before are brought up to date."""
+    lengths, table = site.length.tolist(), site.table.tolist()
+    held = sorted((lengths[row], table[row][0], i) for i, row in enumerate(rows) if lengths[row])
+    for length, same in groupby(held, key=lambda w: w[0]):
+        for start, stride, members in _strides([(start, i) for _, start, i in same]):
+            shape = (len(members), 1, length, q.shape[3])
+            step = (stride * q.shape[3], 0, q.shape[3], 1)
+            keys, values = (t.as_strided(shape, step, start * q.shape[3]) for t in (site.k, site.v))
+            bias = None
+            if plan.compact or plan.folds:
+                pos = site.pos.as_strided(shape[::2], (stride, 1), start)
+                if plan.compact:
+                    keys = rotate(keys, _places(pos)[:, None], site.rope)
+                if plan.folds:
+                    count = _count(plan, site)
+                    bias = _bias(pos, count.as_strided(shape[::2], (stride, 1), count.storage_offset() + start))
+                    bias = bias[:, None, None]
+            asking = q[members].flatten(1, 2)[:, None]
+            past, past_lse = _flash(asking, keys, values, 0.0, False, attn_mask=bias, scale=scale)
+            past, past_lse = past.reshape(-1, *q.shape[1:]), past_lse.reshape(-1, *q.shape[1:3])
+            read[members], lse[members] = _merge(read[members], lse[members], past, past_lse)
 
 
-def _turned_piece(site: Site, base: int, fresh: Fresh) -> tuple[Tensor, Tensor]:
+def _turned_piece(site: Site, rows: list[int], fresh: Fresh) -> tuple[Tensor, Tensor]:
     """A piece's queries and keys, turned by their places in each KV head's row: after all that it holds."""
-    kv_heads, n = fresh.k.shape[:2]
+    n = fresh.k.shape[1]
     held = []
-    for row in range(base, base + kv_heads):
+    for row in rows:
         start, length = int(site.table[row, 0]), int(site.length[row])
         held.append(int((site.pos[start : start + length] >= 0).sum()))
     place = torch.tensor(held)[:, None] + torch.arange(n)

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.formulas import ties_heads
-from kvcompile.kernels.gather import Fresh, apply, gather_rows, needs_keys, query_sources, sequence, with_queries
+from kvcompile.kernels.gather import (
+    Fresh,
+    apply_fresh,
+    gather_rows,
+    needs_keys,
+    pieces_of,
+    query_sources,
+    together,
+    with_queries,
+)
 from kvcompile.kernels.judge import carry_out, gather_in_place, judging, numbers_of, place_of
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, formulas_of
@@ -20,19 +29,29 @@ def insert(plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: 
 
     k, v [B, kv_heads, m, head_dim], right-aligned; state float32 [states, B, kv_heads, m] or None.
     """
-    heads = plan.heads(int(site.layer), cls)
-    for b in range(site.batch if heads else 0):
-        _insert(plan, site, b, sequence(site, b, k, k, v, state, plan.facts.kv_heads), heads)
+    heads = list(plan.heads(int(site.layer), cls))
+    for sequences in _equally_far(site, cls).values() if heads else ():
+        _insert(plan, site, sequences, together(site, sequences, k, k, v, state, plan.facts.kv_heads), heads)
 
 
-def _insert(plan: PolicyPlan, site: Site, b: int, fresh: Fresh, heads: tuple[int, ...]) -> None:
-    if not fresh.real:
+def _insert(plan: PolicyPlan, site: Site, sequences: list[int], fresh: Fresh, heads: list[int]) -> None:
+    kv_heads, n = plan.facts.kv_heads, fresh.real
+    if not n:
         return
-    base = site.base(plan.facts.kv_heads) + b * plan.facts.kv_heads
-    real = slice(0, fresh.real)
-    unjudged = torch.zeros(fresh.real, dtype=torch.uint8, device=fresh.k.device)
-    for h in heads:
-        write(site, base + h, fresh.k[h, real], fresh.v[h, real], fresh.pos[real], unjudged, fresh.state[:, h])
+    base = site.base(kv_heads)
+    rows = [base + b * kv_heads + h for b in sequences for h in heads]
+    picks = pieces_of(sequences, heads, kv_heads)
+    k, v = (t[picks, :n].flatten(0, 1) for t in (fresh.k, fresh.v))
+    pos = fresh.pos[:n].repeat(len(rows))
+    write(site, rows, [n] * len(rows), k, v, pos, torch.zeros_like(pos), fresh.state[:, picks].flatten(1))
+
+
+def _equally_far(site: Site, cls: int) -> dict[tuple[int, ...], list[int]]:
+    """Sequences by what their clock says and what fires for a class: those of a kind can be taken at once."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for b, (clock, fires) in enumerate(zip(site.clock.tolist(), site.fires[cls].tolist(), strict=True)):
+        found.setdefault((fires, *clock), []).append(b)
+    return found
 
 
 def in_place(plan: PolicyPlan, cls: int) -> bool:
@@ -51,24 +70,44 @@ def evict_prefill(
     the same rows; of a class that spans layers only the scores are taken, `span.evict_span` decides.
     """
     facts, part = plan.facts, plan.classes[cls]
-    layer = int(site.layer)
-    heads = plan.heads(layer, cls)
-    for b in range(site.batch if heads else 0):
-        fresh = sequence(site, b, q, k, v, state, facts.kv_heads)
-        if not fresh.real:
-            continue
-        fires = bool(site.fires[cls, b])
-        if part.rows_of is None and (in_place(plan, cls) or not fires):
-            _insert(plan, site, b, fresh, heads)
-        if plan.spans(cls):
-            note_scores(plan, cls, site, b, scale, fresh)
-        elif fires and in_place(plan, cls):
-            _judge_in_place(plan, cls, site, [b], list(heads), scale, fresh)
-        elif fires:
-            rows, order, index = gather_rows(plan, site, [b], list(heads), needs_keys(plan, part), scale, fresh)
-            rows = with_queries(plan, site, b, list(heads), rows, query_sources(part), fresh)
-            keep, won = decide(plan, cls, site, [b], list(heads), rows, order, Plainly())
-            apply(site, index, keep, won, part, list(heads), fresh)
+    heads = list(plan.heads(int(site.layer), cls))
+    for (fires, *_), alike in _equally_far(site, cls).items() if heads else ():
+        for sequences in _batches(plan, cls, site, alike, k.shape[2], len(heads)):
+            fresh = together(site, sequences, q, k, v, state, facts.kv_heads)
+            if not fresh.real:
+                continue
+            if part.rows_of is None and (in_place(plan, cls) or not fires):
+                _insert(plan, site, sequences, fresh, heads)
+            if plan.spans(cls):
+                for b in sequences:
+                    note_scores(plan, cls, site, b, scale, fresh)
+            elif fires and in_place(plan, cls):
+                _judge_in_place(plan, cls, site, sequences, heads, scale, fresh)
+            elif fires:
+                rows, order, _ = gather_rows(plan, site, sequences, heads, needs_keys(plan, part), scale, fresh)
+                rows = with_queries(plan, site, sequences, heads, rows, query_sources(part), fresh)
+                keep, won = decide(plan, cls, site, sequences, heads, rows, order, Plainly())
+                apply_fresh(plan, site, sequences, heads, keep, won, part, fresh)
+
+
+AT_ONCE = 1 << 22  # numbers of keys or attention that are gathered at a time, at least one sequence's
+
+
+def _batches(plan: PolicyPlan, cls: int, site: Site, alike: list[int], columns: int, heads: int) -> list[list[int]]:
+    """Equally far sequences, cut so that what is gathered at a time stays small; one by one where heads are tied."""
+    facts, part = plan.facts, plan.classes[cls]
+    if _tied(part):
+        return [[b] for b in alike]
+    asked = [columns if s.kind in ("forward", "sample") else s.width for s in query_sources(part)]
+    width = columns + int(site.length.max())
+    size = heads * width * max(facts.head_dim, facts.group * sum(asked), 1)
+    step = max(1, AT_ONCE // size)
+    return [alike[i : i + step] for i in range(0, len(alike), step)]
+
+
+def _tied(part: ClassPlan) -> bool:
+    """Whether heads of a sequence look at each other, so that rows of several sequences cannot be taken at once."""
+    return any(s.scope != "head" for s in part.selections) or any(ties_heads(f) for f in formulas_of(part))
 
 
 def evict_step(plan: PolicyPlan, sites: list[Site], scale: float) -> None:
@@ -90,22 +129,20 @@ def evict_class(plan: PolicyPlan, cls: int, site: Site, firing: list[int], scale
 
 def _alone(plan: PolicyPlan, part: ClassPlan) -> bool:
     """Whether rows of several sequences cannot be taken at once: heads look at each other, or queries are read."""
-    if needs_keys(plan, part) or query_sources(part) or any(s.scope != "head" for s in part.selections):
-        return True
-    return any(ties_heads(formula) for formula in formulas_of(part))
+    return needs_keys(plan, part) or bool(query_sources(part)) or _tied(part)
 
 
 def _judge_in_place(
     plan: PolicyPlan, cls: int, site: Site, sequences: list[int], heads: list[int], scale: float, fresh: Fresh | None
 ) -> None:
-    """Judge rows whose entries are all in the pools; `fresh` is the piece that came last (of one sequence)."""
+    """Judge rows whose entries are all in the pools; `fresh` is the piece that came last (of equally far sequences)."""
     part = plan.classes[cls]
     rows, order, index = gather_in_place(plan, site, sequences, heads, needs_keys(plan, part), scale, fresh)
     sources = query_sources(part)
     if sources:
-        rows = with_queries(plan, site, sequences[0], heads, rows, sources, fresh)
+        rows = with_queries(plan, site, sequences, heads, rows, sources, fresh)
     keep, won = decide(plan, cls, site, sequences, heads, rows, order, Plainly())
-    carry_out(plan, part, site, index, keep, won, heads)
+    carry_out(plan, part, site, index, keep, won)
 
 
 def decide(

@@ -1,4 +1,4 @@
-"""From slots to rows and back: builds `evaluate.Rows` for some heads of one sequence, applies what was decided.
+"""From slots to rows and back: builds `evaluate.Rows` for some heads of some sequences, applies what was decided.
 
 A prefill's rows are the resident entries followed by the piece's fresh ones, which are not in the pools
 yet: losers among them never will be.
@@ -21,10 +21,11 @@ from kvcompile.kernels.rotary import places, places_among, rotate
 
 @dataclass(frozen=True)
 class Fresh:
-    """A piece of one sequence before it is in the cache.
+    """A piece of a sequence before it is in the cache, or of several that are equally far.
 
     q [kv_heads, group, n, head_dim]; k, v [kv_heads, n, head_dim]; state float32 [states, kv_heads, n], where
-    n counts real tokens first, then peeked ones (k, v, q only); `real` is the number of real tokens.
+    n counts real tokens first, then peeked ones (k, v, q only); `real` is the number of real tokens. The KV heads of
+    several sequences follow each other, sequence by sequence.
     """
 
     q: Tensor
@@ -41,12 +42,28 @@ class Fresh:
 
 def sequence(site: Site, b: int, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, kv_heads: int) -> Fresh:
     """Cut sequence b's own tokens out of a right-aligned forward: q [B, q_heads, m, D], k, v [B, kv_heads, m, D]."""
-    new, peek, start = site.clock[b, :3].tolist()
+    return together(site, [b], q, k, v, state, kv_heads)
+
+
+def together(
+    site: Site, sequences: list[int], q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, kv_heads: int
+) -> Fresh:
+    """As `sequence`, for several sequences whose clocks are the same."""
+    new, peek, start = site.clock[sequences[0], :3].tolist()
     cut = slice(q.shape[2] - new - peek, q.shape[2])
-    q = q[b, :, cut].unflatten(0, (kv_heads, -1))
     real = slice(cut.start, cut.start + new)
-    state = torch.zeros(0, kv_heads, new, device=k.device) if state is None else state[:, b, :, real]
-    return Fresh(q, k[b, :, cut], v[b, :, cut], state, new, start)
+    of: slice | list[int] = slice(sequences[0], sequences[0] + 1) if len(sequences) == 1 else sequences
+    q, k, v = (t[of][:, :, cut].flatten(0, 1) for t in (q, k, v))
+    if state is None:
+        state = torch.zeros(0, k.shape[0], new, device=k.device)
+    else:
+        state = state[:, of][..., real].flatten(1, 2)
+    return Fresh(q.unflatten(0, (len(sequences) * kv_heads, -1)), k, v, state, new, start)
+
+
+def pieces_of(sequences: list[int], heads: list[int], kv_heads: int) -> list[int]:
+    """Where the KV heads of some sequences stand in their `Fresh`."""
+    return [i * kv_heads + h for i in range(len(sequences)) for h in heads]
 
 
 def needs_keys(plan: PolicyPlan, cls: ClassPlan) -> bool:
@@ -66,11 +83,17 @@ def _judged_by(cls: ClassPlan) -> list[Expr]:
 
 
 def with_queries(
-    plan: PolicyPlan, site: Site, b: int, heads: list[int], rows: Rows, sources: set[QuerySource], fresh: Fresh | None
+    plan: PolicyPlan,
+    site: Site,
+    sequences: list[int],
+    heads: list[int],
+    rows: Rows,
+    sources: set[QuerySource],
+    fresh: Fresh | None,
 ) -> Rows:
-    """Rows of one sequence together with the queries that its formulas ask for, as they read these rows."""
+    """Rows of sequences that are equally far, with the queries that their formulas ask for, as they read these rows."""
     kv_heads = plan.facts.kv_heads
-    found = {s: gather_queries(site, b, heads, kv_heads, s, fresh) for s in sources}
+    found = {s: gather_queries(site, sequences, heads, kv_heads, s, fresh) for s in sources}
     return replace(rows, queries={s: placed(rows, queries) for s, queries in found.items()})
 
 
@@ -84,23 +107,24 @@ def placed(rows: Rows, queries: Queries) -> Queries:
 
 
 def gather_queries(
-    site: Site, b: int, heads: list[int], kv_heads: int, source: QuerySource, fresh: Fresh | None
+    site: Site, sequences: list[int], heads: list[int], kv_heads: int, source: QuerySource, fresh: Fresh | None
 ) -> Queries:
-    """The queries of a source for some KV heads of sequence b, as the model gave them.
+    """The queries of a source for some KV heads of sequences that are equally far, as the model gave them.
 
     `last` and `previous` read the ring of newest queries; `peek` the piece's peeked tokens, in the last piece the
     ring; `forward` and `sample` this forward's own. Of a sample without any query one that is absent is left.
     """
-    rows = len(heads)
+    picks, b = pieces_of(sequences, heads, kv_heads), sequences[0]
+    rows = len(picks)
     if source.kind in ("forward", "sample") and fresh is not None:
-        own = Queries(fresh.q[heads][:, :, : fresh.real], fresh.pos[: fresh.real].expand(rows, -1))
+        own = Queries(fresh.q[picks][:, :, : fresh.real], fresh.pos[: fresh.real].expand(rows, -1))
         return own if source.kind == "forward" else sampled(own, source)
     if source.kind == "peek" and fresh is not None and not int(site.clock[b, Clock.ENDS]):
-        return Queries(fresh.q[heads][:, :, fresh.real :], fresh.pos[fresh.real :].expand(rows, -1))
+        return Queries(fresh.q[picks][:, :, fresh.real :], fresh.pos[fresh.real :].expand(rows, -1))
     width = source.width if source.kind in ("last", "peek") else 1
     newest = int(site.clock[b, Clock.START] + site.clock[b, Clock.NEW]) - 1 - (source.kind == "previous")
     pos = torch.arange(newest - width + 1, newest + 1, device=site.ring.device)
-    ring = site.ring[b].unflatten(0, (kv_heads, -1))[heads]
+    ring = site.ring[sequences].unflatten(1, (kv_heads, -1)).flatten(0, 1)[picks]
     found = Queries(ring[:, :, pos % site.ring.shape[2]], pos.clamp(min=-1).expand(rows, -1))
     return sampled(found, source) if source.kind == "sample" else found
 
@@ -124,7 +148,7 @@ def gather_rows(
     scale: float,
     fresh: Fresh | None = None,
 ) -> tuple[Rows, Tensor, Tensor]:
-    """The same KV heads of some sequences (of one where `fresh` comes in), sequence by sequence.
+    """The same KV heads of some sequences (equally far ones where `fresh` comes in), sequence by sequence.
 
     Returns the rows in position order; the column order that led there, int64 [rows, n] (column c is entry
     order[row, c]: resident entries by their place in the row, then fresh ones); and the rows' indices.
@@ -141,17 +165,18 @@ def gather_rows(
     # Slots that no entry has used hold anything, NaN too, and 0 * NaN would reach a sum.
     k, v = (pool[slots].masked_fill(~there[..., None], 0) if keys and width else None for pool in (site.k, site.v))
     if fresh is not None:
-        count, n = len(heads), fresh.k.shape[1]
+        picks, n = pieces_of(sequences, heads, kv_heads), fresh.k.shape[1]
+        count = len(picks)
         real = torch.arange(n, device=slots.device) < fresh.real
         pos = torch.cat([pos, fresh.pos.expand(count, -1)], 1)
         resident = torch.cat([resident, real.expand(count, -1)], 1)
         readable = torch.cat([readable, torch.ones(count, n, dtype=torch.bool, device=slots.device)], 1)
         frozen = torch.cat([frozen, torch.zeros(count, n, dtype=torch.bool, device=slots.device)], 1)
         pad = torch.zeros(state.shape[0], count, n - fresh.real, device=slots.device)
-        state = torch.cat([state, fresh.state[:, heads], pad], 2)
+        state = torch.cat([state, fresh.state[:, picks], pad], 2)
         if keys:
-            k = fresh.k[heads] if k is None else torch.cat([k, fresh.k[heads]], 1)
-            v = fresh.v[heads] if v is None else torch.cat([v, fresh.v[heads]], 1)
+            k = fresh.k[picks] if k is None else torch.cat([k, fresh.k[picks]], 1)
+            v = fresh.v[picks] if v is None else torch.cat([v, fresh.v[picks]], 1)
     if not pos.shape[1]:  # rows that have dropped all: a column without an entry, for what reduces over entries
         pos, state = F.pad(pos, (0, 1), value=-1), F.pad(state, (0, 1))
         resident, readable, frozen = (F.pad(t, (0, 1)) for t in (resident, readable, frozen))
@@ -193,17 +218,32 @@ def gather_rows(
     return rows, order, index
 
 
-def apply(
-    site: Site, rows: Tensor, keep: Tensor, won: Tensor, cls: ClassPlan, heads: list[int], fresh: Fresh | None = None
+def apply(site: Site, rows: Tensor, keep: Tensor, won: Tensor, cls: ClassPlan) -> None:
+    """Carry out a decision on resident entries: keep and won bool [rows, n], in entry order."""
+    if bool(won.any()):
+        site.frozen[site.slot_matrix(rows, keep.shape[1])[won]] = 1
+    compact(site, rows, keep, cls.by_position)
+
+
+def apply_fresh(
+    plan: PolicyPlan,
+    site: Site,
+    sequences: list[int],
+    heads: list[int],
+    keep: Tensor,
+    won: Tensor,
+    cls: ClassPlan,
+    fresh: Fresh,
 ) -> None:
-    """Carry out a decision: keep and won bool [rows, n] in entry order, fresh entries last."""
-    width = keep.shape[1] - (fresh.k.shape[1] if fresh else 0)
-    if bool(won[:, :width].any()):
-        site.frozen[site.slot_matrix(rows, width)[won[:, :width]]] = 1
-    compact(site, rows, keep[:, :width], cls.by_position)
-    if fresh is None:
-        return
-    for row, head, kept, winner in zip(rows.tolist(), heads, keep[:, width:], won[:, width:], strict=True):
-        chosen = kept.nonzero().flatten()
-        k, v, state = fresh.k[head][chosen], fresh.v[head][chosen], fresh.state[:, head][:, chosen]
-        write(site, row, k, v, fresh.pos[chosen], winner[chosen], state)
+    """Carry out a decision on what is resident and what comes in: bool [rows, n] each, fresh entries last."""
+    kv_heads = plan.facts.kv_heads
+    base, width = site.base(kv_heads), keep.shape[1] - fresh.k.shape[1]
+    rows = [base + b * kv_heads + h for b in sequences for h in heads]
+    apply(site, torch.tensor(rows, device=site.k.device), keep[:, :width], won[:, :width], cls)
+    picks = torch.tensor(pieces_of(sequences, heads, kv_heads), device=keep.device)
+    row, entry = keep[:, width:].nonzero(as_tuple=True)
+    of = picks[row]
+    write(
+        site, rows, keep[:, width:].sum(1).tolist(), fresh.k[of, entry], fresh.v[of, entry], fresh.pos[entry],
+        won[:, width:][row, entry], fresh.state[:, of, entry],
+    )  # fmt: skip

@@ -32,9 +32,7 @@ def gather_in_place(
     return gather_rows(plan, site, sequences, heads, keys, scale, peeked)
 
 
-def carry_out(
-    plan: PolicyPlan, part: ClassPlan, site: Site, index: Tensor, keep: Tensor, won: Tensor, heads: list[int]
-) -> None:
+def carry_out(plan: PolicyPlan, part: ClassPlan, site: Site, index: Tensor, keep: Tensor, won: Tensor) -> None:
     """Loser actions, marks of winners and drops, in rows whose entries are all in the pools.
 
     index int64 [rows]; keep, won bool [rows, n], in entry order, false past a row's entries.
@@ -43,7 +41,7 @@ def carry_out(
         return
     if part.moves:
         keep = settle(plan, part, site, index, keep)
-    apply(site, index, keep, won & keep, part, heads)
+    apply(site, index, keep, won & keep, part)
 
 
 def place_of(cls: int, site: Site, sequences: list[int], heads: list[int], judged: Tensor | None) -> Place:

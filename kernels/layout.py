@@ -95,26 +95,30 @@ class Site(NamedTuple):
         return torch.where(alive, self.table[rows, 0][:, None] + entries, 0)
 
 
-def make_room(site: Site, row: int, total: int) -> None:
-    """Give a row space for `total` entries, moving it if need be; its entries stay what they are.
+def make_room(site: Site, totals: dict[int, int]) -> None:
+    """Give rows space for so many entries in all, moving them if need be; their entries stay what they are.
 
     The pools never grow here: their size comes from the plan, and the host reserves it between forwards.
     """
     if site.paged:
-        _take_pages(site, row, total)
+        for row, total in totals.items():
+            _take_pages(site, row, total)
         return
-    start, capacity = site.table[row].tolist()
-    if total <= capacity:
+    table, tail = site.table.tolist(), int(site.top)
+    short = {row: extent(total) for row, total in totals.items() if total > table[row][1]}
+    if not short:
         return
-    need, tail = extent(total), int(site.top)
-    if tail + need > site.k.shape[0]:
-        repack(site, {row: need})
+    if tail + sum(short.values()) > site.k.shape[0]:
+        repack(site, {row: extent(total) for row, total in totals.items()})
         return
-    length = int(site.length[row])
-    if length:
-        _move(site, torch.arange(start, start + length), torch.arange(tail, tail + length))
-    site.table[row, 0], site.table[row, 1] = tail, need
-    site.top.fill_(tail + need)
+    lengths = site.length.tolist()
+    for row, need in short.items():
+        start, length = table[row][0], lengths[row]
+        if length:
+            _move(site, torch.arange(start, start + length), torch.arange(tail, tail + length))
+        site.table[row, 0], site.table[row, 1] = tail, need
+        tail += need
+    site.top.fill_(tail)
 
 
 def repack(site: Site, capacities: dict[int, int]) -> None:
@@ -156,15 +160,21 @@ def _take_pages(site: Site, row: int, total: int) -> None:
     site.top.fill_(free - need)
 
 
-def write(site: Site, row: int, k: Tensor, v: Tensor, pos: Tensor, frozen: Tensor, state: Tensor) -> None:
-    """Append entries to a row: k, v [n, head_dim], pos [n], frozen [n], state [states, n]."""
-    length, n = int(site.length[row]), pos.shape[0]
-    make_room(site, row, length + n)
-    slots = site.slots(row, length, length + n)
+def write(
+    site: Site, rows: list[int], counts: list[int], k: Tensor, v: Tensor, pos: Tensor, frozen: Tensor, state: Tensor
+) -> None:
+    """Append so many entries to each row: k, v [n, head_dim], pos [n], frozen [n], state [states, n], row by row."""
+    if not sum(counts):
+        return
+    lengths = site.length.tolist()
+    added = {row: count for row, count in zip(rows, counts, strict=True) if count}
+    make_room(site, {row: lengths[row] + count for row, count in added.items()})
+    slots = torch.cat([site.slots(row, lengths[row], lengths[row] + count) for row, count in added.items()])
     site.k[slots], site.v[slots] = k, v
     site.pos[slots], site.frozen[slots] = pos.int(), frozen.to(torch.uint8)
     site.state[:, slots] = state
-    site.length[row] = length + n
+    more = torch.tensor(counts, dtype=site.length.dtype, device=site.length.device)
+    site.length[torch.tensor(rows, device=site.length.device)] += more
 
 
 def compact(site: Site, rows: Tensor, keep: Tensor, by_position: bool) -> Tensor:

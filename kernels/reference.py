@@ -93,6 +93,7 @@ def attend_step(
 
 def append(plan: PolicyPlan, site: Site, b: int, fresh: Fresh) -> None:
     """A step's new entry, one for each KV head of a sequence."""
-    base = site.base(plan.facts.kv_heads) + b * plan.facts.kv_heads
-    for h in range(plan.facts.kv_heads):
-        write(site, base + h, fresh.k[h], fresh.v[h], fresh.pos, torch.zeros_like(fresh.pos), fresh.state[:, h])
+    kv_heads = plan.facts.kv_heads
+    base = site.base(kv_heads) + b * kv_heads
+    rows, pos = list(range(base, base + kv_heads)), fresh.pos.expand(kv_heads)
+    write(site, rows, [1] * kv_heads, fresh.k[:, 0], fresh.v[:, 0], pos, torch.zeros_like(pos), fresh.state[:, :, 0])

@@ -131,14 +131,18 @@ def _at_random(region: Region, rows: Rows, count: Tensor, place: Place) -> Tenso
     layer, head = (torch.tensor(x, device=device)[:, None] for x in (place.layer, place.head))
     at = torch.arange(int(rows.now.max()) + 1 if len(rows.now) else 0, device=device)[None]
 
-    def key(pos: Tensor) -> Tensor:
-        return hashed(region.seed, layer, head, pos) << 31 | pos
-
-    there = torch.where(at <= rows.now[:, None], key(at), torch.iinfo(torch.int64).max).sort(1).values
+    there = torch.where(at <= rows.now[:, None], random_order(region, layer, head, at), torch.iinfo(torch.int64).max)
+    there = there.sort(1).values
     n = count.clamp(max=there.shape[1])
     if not there.shape[1]:
         return torch.zeros_like(rows.resident)
-    return (key(rows.pos.clamp(min=0)) <= there.gather(1, (n - 1).clamp(min=0))) & (n > 0)
+    own = random_order(region, layer, head, rows.pos.clamp(min=0))
+    return (own <= there.gather(1, (n - 1).clamp(min=0))) & (n > 0)
+
+
+def random_order(region: Region, layer: int | Tensor, head: int | Tensor, pos: Tensor) -> Tensor:
+    """What a `random` region ranks positions by, int64, no two alike: the smallest stay."""
+    return hashed(region.seed, layer, head, pos) << 31 | pos
 
 
 def _select(

@@ -56,7 +56,7 @@ def note_scores(plan: PolicyPlan, cls: int, site: Site, b: int, scale: float, fr
     formulas = [term.score for term in terms] + [s for i in shares if (s := plan.shares[i].score) is not None]
     formulas += [e for unit in plan.units for _, e in unit.landmarks]
     rows, order, index = gather_in_place(plan, site, [b], heads, reads_keys(formulas), scale, fresh)
-    rows = with_queries(plan, site, b, heads, rows, sources_of(formulas), fresh)
+    rows = with_queries(plan, site, [b], heads, rows, sources_of(formulas), fresh)
     for i, term in enumerate(terms):
         _note(plan, site, f"@score:{cls}:{i}", index, order, _score(plan, part, site, b, rows, term, set(shares)))
     for i in shares:
@@ -204,7 +204,7 @@ def _decide(plan: PolicyPlan, cls: int, sites: list[Site], b: int, scale: float)
         site, heads = sites[layer], list(plan.heads(layer, cls))
         rows, order, index = gather_rows(plan, site, [b], heads, reads_keys(conditions), scale)
         if conditions:
-            rows = with_queries(plan, site, b, heads, rows, sources_of(conditions), None)
+            rows = with_queries(plan, site, [b], heads, rows, sources_of(conditions), None)
         judged = judging(part, cls, site, [b], len(heads), rows)
         numbers = numbers_of(plan, part, site, [b], heads, rows)
         found.append((site, heads, rows, order, index, judged, numbers))
@@ -227,7 +227,7 @@ def _decide(plan: PolicyPlan, cls: int, sites: list[Site], b: int, scale: float)
     for site, heads, rows, order, index, *_ in found:
         mine, width = slice(at, at + len(heads)), rows.pos.shape[1]
         kept, chosen = (torch.zeros_like(x[mine, :width]).scatter(1, order, x[mine, :width]) for x in (keep, won))
-        carry_out(plan, part, site, index, kept, chosen, heads)
+        carry_out(plan, part, site, index, kept, chosen)
         at += len(heads)
 
 

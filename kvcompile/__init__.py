@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from kvcompile.api import optimize, restore, use
     from kvcompile.cache import KvCache
     from kvcompile.dsl.diagnostics import PolicyError
+    from kvcompile.evaluation.evaluate import evaluate
     from kvcompile.inspection import inspect
     from kvcompile.kernels.errors import KvCompileError
+    from kvcompile.learning.learn import learn
     from kvcompile.passes.explain import explain
     from kvcompile.reporting import report
 
@@ -24,8 +26,10 @@ __all__ = [
     "KvCompileError",
     "PolicyError",
     "__version__",
+    "evaluate",
     "explain",
     "inspect",
+    "learn",
     "optimize",
     "report",
     "restore",
@@ -36,8 +40,10 @@ _HOMES = {
     "KvCache": "kvcompile.cache",
     "KvCompileError": "kvcompile.kernels.errors",
     "PolicyError": "kvcompile.dsl.diagnostics",
+    "evaluate": "kvcompile.evaluation.evaluate",
     "explain": "kvcompile.passes.explain",
     "inspect": "kvcompile.inspection",
+    "learn": "kvcompile.learning.learn",
     "optimize": "kvcompile.api",
     "report": "kvcompile.reporting",
     "restore": "kvcompile.api",

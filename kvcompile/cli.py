@@ -15,8 +15,10 @@ import typer
 
 from kvcompile import __version__
 from kvcompile.cli_check import check
+from kvcompile.cli_eval import evaluate
 from kvcompile.cli_fmt import fmt
 from kvcompile.cli_inspect import inspect, kernels
+from kvcompile.cli_learn import learn
 from kvcompile.cli_model import explain, run, verify
 
 # Helps are plain text: they are read in pipes and logs too.
@@ -45,8 +47,9 @@ def options(
     """Compile KV-cache policies."""
 
 
-for command in (check, fmt, explain, run, inspect, verify, kernels):
+for command in (check, fmt, explain, run, inspect, verify, kernels, learn):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -92,13 +92,14 @@ def load_config(folder: Path) -> Any:
     return _from_folder(AutoConfig, folder)
 
 
-def load_model(folder: Path) -> Any:
-    """The causal language model of a folder, in evaluation mode, on a GPU where there is one."""
+def load_model(folder: Path, *, anywhere: bool = True) -> Any:
+    """The causal language model of a folder, in evaluation mode, on a GPU where there is one; else on the CPU, as
+    where processes share the GPUs (`anywhere=False`)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = _from_folder(AutoModelForCausalLM, folder).eval()
-    return model.to("cuda") if torch.cuda.is_available() else model
+    return model.to("cuda") if anywhere and torch.cuda.is_available() else model
 
 
 def load_tokenizer(folder: Path) -> Any:

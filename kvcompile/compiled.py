@@ -110,9 +110,9 @@ class Layers:
         hidden = args[0] if args else kwargs["hidden_states"]
         key = (call.phase, type(layer))
         if key not in self._callables:
-            self._callables[key] = _callable(call.phase, type(layer), self._backend(call.phase))
+            self._callables[key] = shared_callable(call.phase, type(layer), self._backend(call.phase))
         if call.phase != "step":
-            _mark_lengths(hidden, kwargs)
+            mark_lengths(hidden, kwargs)
         _mark_pools(call.sites[index])
         try:
             out = self._callables[key](layer, *args, **kwargs)
@@ -144,7 +144,7 @@ class Layers:
         return backend
 
 
-def _callable(phase: str, layer_class: type[nn.Module], backend: Callable[..., Any]) -> Callable[..., Any]:
+def shared_callable(phase: str, layer_class: type[nn.Module], backend: str | Callable[..., Any]) -> Callable[..., Any]:
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return layer_class.forward(layer, *args, **kwargs)
 
@@ -154,7 +154,7 @@ def _callable(phase: str, layer_class: type[nn.Module], backend: Callable[..., A
     return torch.compile(own, backend=backend, fullgraph=True)
 
 
-def _mark_lengths(hidden: Tensor, kwargs: dict[str, Any]) -> None:
+def mark_lengths(hidden: Tensor, kwargs: dict[str, Any]) -> None:
     tensors = [hidden, kwargs.get("position_ids"), *(kwargs.get("position_embeddings") or ())]
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.ndim >= 2:

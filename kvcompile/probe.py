@@ -44,9 +44,8 @@ def run_probes(
 
 def _length(model: Any, tokens: int | None) -> int:
     """Tokens that are repeated: as asked, but no more than the model has positions for."""
-    config = _text_config(model.config)
-    most = getattr(config, "max_position_embeddings", None)
-    length = min(tokens or TOKENS, most // REPEATS if isinstance(most, int) else TOKENS)
+    most = positions_of(model)
+    length = min(tokens or TOKENS, TOKENS if most is None else most // REPEATS)
     if length < 2:
         raise KvCompileError(f"a probe repeats 2 tokens or more {REPEATS} times, which needs {2 * REPEATS} positions")
     return length
@@ -55,27 +54,36 @@ def _length(model: Any, tokens: int | None) -> int:
 def _measure(model: Any, sites: tuple[AttentionSite, ...], length: int) -> dict[str, Scores]:
     record = _Record(length, {site.index: int(site.attention.num_key_value_groups) for site in sites})  # type: ignore[arg-type]
     device = model.get_input_embeddings().weight.device
-    ids = _tokens(model, length).repeat(REPEATS)[None].to(device)
-    # An optimised model is measured as it is without the policy.
-    optimized = vars(model).get("_kvcompile")
-    forward = model.forward if optimized is None else optimized.forward.original
-    with _attending_by(model, _ATTENTION), torch.no_grad():
-        forward(input_ids=ids, use_cache=False, logits_to_keep=1, kvc_probe=record)
+    ids = random_tokens(model, length).repeat(REPEATS)[None].to(device)
+    with attending_by(model, _ATTENTION), torch.no_grad():
+        untouched(model)(input_ids=ids, use_cache=False, logits_to_keep=1, kvc_probe=record)
     missing = [site.name for site in sites if site.index not in record.scores]
     if missing:
         raise KvCompileError(f"{missing[0]} could not be probed: its attention does not go through transformers' own")
     return {kind: [record.scores[site.index][kind] for site in sites] for kind in KINDS}
 
 
-def _tokens(model: Any, length: int) -> Tensor:
-    """Random tokens, none twice while the vocabulary lasts, none that the model treats specially."""
+def random_tokens(model: Any, length: int, seed: int = 0) -> Tensor:
+    """Random tokens, int64 [length]: none twice while the vocabulary lasts, none that the model treats specially."""
     config = _text_config(model.config)
     named = (getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
     special = {int(i) for one in named if one is not None for i in (one if isinstance(one, list) else [one])}
     usable = torch.tensor([i for i in range(int(config.vocab_size)) if i not in special] or [0])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     rounds = [usable[torch.randperm(len(usable), generator=generator)] for _ in range(-(-length // len(usable)))]
     return torch.cat(rounds)[:length]
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions a model has; None where its configuration does not say."""
+    most = getattr(_text_config(model.config), "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
+def untouched(model: Any) -> Any:
+    """The model's forward, of an optimised model the one without the policy."""
+    optimized = vars(model).get("_kvcompile")
+    return model.forward if optimized is None else optimized.forward.original
 
 
 def _text_config(config: Any) -> Any:
@@ -83,7 +91,7 @@ def _text_config(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _attending_by(model: nn.Module, name: str) -> Iterator[None]:
+def attending_by(model: nn.Module, name: str) -> Iterator[None]:
     """The model with another attention; configurations are copied, because other models may share them."""
     before = [(module, module.config) for module in model.modules() if hasattr(module, "config")]
     copies = {id(config): copy.deepcopy(config) for _, config in before}

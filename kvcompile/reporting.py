@@ -13,6 +13,7 @@ from kvcompile.kernels.errors import KvCompileError
 KEYS = (
     "policy", "footprint", "peak", "kept", "bytes_resident", "bytes_allocated", "bytes_full", "bytes_peak", "lengths",
     "prefill_seconds", "decode_tokens_per_second", "ceiling", "evictions", "graph_breaks", "recompiles",
+    "footprint_by_head", "peak_by_head",
 )  # fmt: skip
 
 
@@ -20,7 +21,9 @@ KEYS = (
 class Report:
     """The figures of a model's latest run. Bytes are bytes, times seconds, ratios fractions of the full cache.
 
-    `lengths` [layer][KV head] are the first sequence's; footprint and peak are means over sequences.
+    `lengths` [layer][KV head] are the first sequence's; footprint and peak are means over sequences, so are
+    `footprint_by_head` and `peak_by_head` [layer][KV head]. The mean of the first over heads is `footprint`; each head
+    has its peak in a forward of its own, so the mean of the second is at least `peak`.
     """
 
     values: dict[str, Any]
@@ -38,7 +41,8 @@ class Report:
         lengths = [n for row in v["lengths"] for n in row]
         lines = [
             f"policy             {v['policy']}",
-            f"KV footprint       {v['footprint']:.4f} of full attention, peak {v['peak']:.4f}",
+            f"KV footprint       {v['footprint']:.4f} of full attention, peak {v['peak']:.4f}"
+            + _extremes(v["footprint_by_head"]),
             f"entries            {v['kept']:.1%} kept, {v['evictions']} evicted; "
             f"{min(lengths)} to {max(lengths)} per KV head (first sequence)",
             f"bytes held         {_bytes(v['bytes_resident'])} of {_bytes(v['bytes_full'])} "
@@ -68,6 +72,15 @@ def report(model: nn.Module) -> Report:
         "recompiles": layers.recompiles,
     }
     return Report({key: values[key] for key in KEYS})
+
+
+def _extremes(by_head: list[list[float]]) -> str:
+    """The lowest and the highest KV head, where they differ: `; 0.2000 (layer 0, KV head 1) to ...`."""
+    heads = [(spent, layer, head) for layer, row in enumerate(by_head) for head, spent in enumerate(row)]
+    low, high = min(heads), max(heads)
+    if low[0] == high[0]:
+        return ""
+    return "; " + " to ".join(f"{spent:.4f} (layer {layer}, KV head {head})" for spent, layer, head in (low, high))
 
 
 def _bytes(n: float) -> str:

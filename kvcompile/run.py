@@ -2,6 +2,7 @@
 
 Footprint follows PruLong (arXiv 2506.17121): each forward of n tokens on P resident entries adds
 n(n+1)/2 + nP, over T(T+1)/2, mean over KV heads; peak is the largest mean over KV heads of P + n, over T.
+Both are counted for every KV head; whole numbers until they are asked for, so that means are exact.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ class Run:
         self.plan, self.store = plan, store
         self.batch = batch
         # On the store's device: a step must not wait for its own lengths.
-        self.area = torch.zeros(batch, dtype=torch.float64, device=store.device)
-        self.widest = torch.zeros_like(self.area)
+        facts = plan.facts
+        self.area = torch.zeros(facts.layers, batch, facts.kv_heads, dtype=torch.int64, device=store.device)  # of nP
+        self.widest = torch.zeros_like(self.area)  # P + n of each head
+        self.widest_sum = torch.zeros(batch, dtype=torch.int64, device=store.device)  # the same of all heads together
+        self.triangles = [0] * batch  # n(n+1)/2, the same for all heads
         self.tokens = [0] * batch
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
@@ -36,12 +40,20 @@ class Run:
 
     def before(self, pieces: Sequence[Piece], lengths: Tensor, width: int) -> None:
         """A forward of `width` columns is about to run on rows of these lengths, int32 [layers, batch, kv_heads]."""
-        resident = lengths.double().mean((0, 2))
-        n = to_device(torch.tensor([p.new + p.peek for p in pieces], dtype=torch.float64), self.area.device)
-        self.area += n * (n + 1) / 2 + n * resident
-        self.widest = torch.maximum(self.widest, torch.where(n > 0, resident + n, 0.0))
-        for b, piece in enumerate(pieces):
+        counts = [p.new + p.peek for p in pieces]
+        if len(set(counts)) == 1:  # every step of a batch that goes on together
+            self.area.add_(lengths, alpha=counts[0])
+            now = lengths + counts[0]
+        else:
+            n = to_device(torch.tensor(counts)[:, None], self.area.device)
+            self.area += lengths * n
+            now = lengths + n
+        # A row that gets nothing stands at no more than its latest forward did.
+        torch.maximum(self.widest, now, out=self.widest)
+        torch.maximum(self.widest_sum, now.sum((0, 2)), out=self.widest_sum)
+        for b, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
             self.tokens[b] += piece.new
+            self.triangles[b] += count * (count + 1) // 2
         fresh = self.batch * width * self.plan.facts.kv_heads * self.plan.facts.entry_bytes
         self.bytes_peak = max(self.bytes_peak, self.store.bytes_allocated() + max(fresh, self.store.transient))
         self.store.transient = 0
@@ -81,11 +93,15 @@ class Run:
 
     def numbers(self) -> dict[str, object]:
         """The figures of the report, in its keys. `lengths` is that of the first sequence; ratios are means over
-        sequences of each one's own ratio."""
+        sequences of each one's own ratio, `by_head` [layer][KV head]."""
         total = torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
+        heads = self.plan.facts.layers * self.plan.facts.kv_heads
+        spent = (self.area.cpu() + torch.tensor(self.triangles)[:, None]) / (total * (total + 1) / 2)[:, None]
         return {
-            "footprint": float((self.area.cpu() / (total * (total + 1) / 2)).mean()),
-            "peak": float((self.widest.cpu() / total).mean()),
+            "footprint": float(spent.mean()),
+            "peak": float((self.widest_sum.cpu() / (heads * total)).mean()),
+            "footprint_by_head": spent.mean(1).tolist(),
+            "peak_by_head": (self.widest.cpu() / total[:, None]).mean(1).tolist(),
             "prefill_seconds": self.prefill_seconds,
             "decode_tokens_per_second": self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0,
             **(self._memory() if self._closed is None else self._closed),

@@ -23,7 +23,7 @@ from kvcompile.passes.carried import terms_of
 from kvcompile.passes.context import Context
 from kvcompile.passes.files import bind_files, check_given, located
 from kvcompile.passes.links import check_links
-from kvcompile.passes.tables import best, choose, probe_key, probe_table, read_table
+from kvcompile.passes.tables import best, heads_of_file, probe_key, probe_table
 
 Heads = frozenset[tuple[int, int]]  # (layer, KV head)
 
@@ -48,7 +48,7 @@ class Bind:
             site.location = policy.location
             policy.body.block.add_op(site)
         check_links(policy, taken, context)
-        _erase_unused(policy, {op.sym_name.data for op in taken.values()})
+        _erase_unused(policy, {op.sym_name.data for op in taken.values()} | {*(context.learning or ())})
         _check_whole_layers(policy, taken, context)
         bind_files(policy, context)
 
@@ -66,6 +66,8 @@ def _head_classes(ops: list[HeadsOp], context: Context) -> dict[str, Heads]:
     declared: dict[str, list[HeadsOp]] = {}
     for op in ops:
         declared.setdefault(op.label.data, []).append(op)
+    if context.learning is not None:
+        return {name: _everything(context) if name == context.learning[0] else frozenset() for name in declared}
     tables: dict[str, Heads] = {}
     for name, sources in declared.items():
         parts = [_table_heads(op, context) for op in sources if op.kind.data == "table"]
@@ -104,8 +106,7 @@ def _in_order(declared: dict[str, list[HeadsOp]], context: Context) -> list[str]
 def _table_heads(op: HeadsOp, context: Context) -> Heads:
     span = context.places.span(op)
     path = located(op.label.data, op.source.data, span, context)
-    table = read_table(path, context.facts.layers, context.facts.kv_heads)
-    heads, warnings = choose(table, rational(op.top) if op.top is not None else None, span)
+    heads, warnings = heads_of_file(path, context.facts, rational(op.top) if op.top is not None else None, span)
     context.findings.extend(warnings)
     return heads
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvcompile.dsl.diagnostics import Diagnostic
@@ -19,7 +19,7 @@ from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.roofline import Traffic
 from kvcompile.passes.class_facts import ClassFacts, class_facts
 from kvcompile.passes.facts import model_facts
-from kvcompile.passes.footprint import Footprint, footprint
+from kvcompile.passes.footprint import Footprint, Spent, footprint
 from kvcompile.passes.held import Held, held
 from kvcompile.passes.pipeline import compile_policy
 
@@ -29,16 +29,31 @@ class LayerFacts:
     """One layer at the end: KV heads by class, and the entries that those of one sequence hold together, by class.
 
     Where layers compete, or divide a share by what is in them, only their sum is known: each shows an equal part.
+    spent: footprint and peak of the layer's KV heads together; by_head: of each. Bounds where they say so.
     """
 
     layer: int
     heads: Mapping[str, int]
     held: Mapping[str, int]
+    spent: Spent
+    by_head: tuple[Spent, ...]
 
     @property
     def entries(self) -> int:
         """Of all KV heads."""
         return sum(self.held.values())
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values; `exact` is that of the layer, `exact_by_head` that of every single KV head."""
+        return {
+            "entries": self.entries,
+            "heads": dict(self.heads),
+            "held": dict(self.held),
+            **asdict(self.spent),
+            "footprint_by_head": [head.footprint for head in self.by_head],
+            "peak_by_head": [head.peak for head in self.by_head],
+            "exact_by_head": all(head.exact for head in self.by_head),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +61,7 @@ class Explanation:
     """The figures of one policy on one model. Bytes are of the whole batch.
 
     `exact` is False where footprint and peak are upper bounds, `exact_entries` where entries and bytes at the end are.
+    by_class: footprint and peak of the KV heads of each class that has any.
     """
 
     plan: PolicyPlan
@@ -54,6 +70,7 @@ class Explanation:
     batch: int
     classes: tuple[ClassFacts, ...]
     layers: tuple[LayerFacts, ...]
+    by_class: Mapping[str, Spent]
     footprint: float
     peak: float
     exact: bool
@@ -74,9 +91,9 @@ class Explanation:
             "prompt": self.prompt,
             "generate": self.generate,
             "batch": self.batch,
-            "classes": {c.name: c.to_dict() for c in self.classes},
+            "classes": {c.name: c.to_dict() | self._spent(c.name) for c in self.classes},
             "layers": len(self.layers),
-            "by_layer": [{"entries": x.entries, "heads": dict(x.heads), "held": dict(x.held)} for x in self.layers],
+            "by_layer": [layer.to_dict() for layer in self.layers],
             "footprint": self.footprint,
             "peak": self.peak,
             "exact": self.exact,
@@ -105,6 +122,7 @@ class Explanation:
         lines += [
             f"footprint   {self.footprint:.7f}{about}",
             f"peak        {self.peak:.7f}{about}",
+            *(f"{'':12}footprint {line}" for line in self._extremes()),
             *(f"{label:<12}{line}" for label, line in self._entries()),
             f"bytes       {most}{_size(self.bytes)} at the end, {_size(self.bytes_peak)} at the peak, "
             f"{_size(self.bytes_full)} untouched",
@@ -117,6 +135,20 @@ class Explanation:
             )
         warnings = dict.fromkeys(f"{d.message} [{d.code}]" for d in self.diagnostics if d.severity == "warning")
         return "\n".join([*lines, *(f"{'warning':<12}{warning}" for warning in warnings)])
+
+    def _spent(self, name: str) -> dict[str, Any]:
+        """A class's own figures; none of a class without KV heads."""
+        return asdict(self.by_class[name]) if name in self.by_class else {}
+
+    def _extremes(self) -> list[str]:
+        """One line where classes or layers differ: the lowest and the highest."""
+        parts = {f"class {name}": spent for name, spent in self.by_class.items()}
+        if len(parts) < 2:
+            parts = {f"layer {layer.layer}": layer.spent for layer in self.layers}
+        low, high = (choose(parts.items(), key=lambda item: item[1].footprint) for choose in (min, max))
+        if low[1].footprint == high[1].footprint:
+            return []
+        return [" to ".join(f"{'' if x.exact else 'at most '}{x.footprint:.4f} in {name}" for name, x in (low, high))]
 
     def _entries(self) -> list[tuple[str, str]]:
         """Layers that hold the same, a line for each run of them: what each class's KV heads hold together."""
@@ -163,6 +195,8 @@ def explain(
     plan = compiled.plan
     in_pages = gpu is not None or not _on_cpu(model_or_config)
     spent: Footprint = footprint(plan, prompt, generate)
+    if any(found.code == "K617" for found in compiled.diagnostics):  # a probe has yet to choose heads
+        spent = spent.wherever()
     memory: Held = held(plan, prompt, generate, paged=in_pages)
     full = (prompt + generate) * facts.layers * facts.kv_heads * facts.entry_bytes * batch
     read = facts.weight_bytes + batch * memory.entries * facts.entry_bytes
@@ -173,7 +207,8 @@ def explain(
         generate=generate,
         batch=batch,
         classes=class_facts(compiled.resolved, plan, prompt, generate),
-        layers=_layers(plan, memory),
+        layers=_layers(plan, memory, spent),
+        by_class={plan.classes[owner].name: part for owner, part in spent.by_class.items()},
         footprint=spent.footprint,
         peak=spent.peak,
         exact=spent.exact,
@@ -189,8 +224,8 @@ def explain(
     )
 
 
-def _layers(plan: PolicyPlan, memory: Held) -> tuple[LayerFacts, ...]:
-    """Heads and entries by layer and class; classes in the plan's order."""
+def _layers(plan: PolicyPlan, memory: Held, spent: Footprint) -> tuple[LayerFacts, ...]:
+    """Heads and entries by layer and class, classes in the plan's order; what each layer and KV head spends."""
     owners = [i for i, cls in enumerate(plan.classes) if cls.rows_of is None]
     found: list[dict[str, int]] = [{} for _ in range(plan.facts.layers)]
     for group, by_layer in memory.groups:
@@ -198,7 +233,13 @@ def _layers(plan: PolicyPlan, memory: Held) -> tuple[LayerFacts, ...]:
         for layer, entries in zip(group.layers, by_layer, strict=True):
             found[layer][name] = found[layer].get(name, 0) + entries
     return tuple(
-        LayerFacts(layer, {plan.classes[i].name: n for i in owners if (n := len(plan.heads(layer, i)))}, by_class)
+        LayerFacts(
+            layer,
+            {plan.classes[i].name: n for i in owners if (n := len(plan.heads(layer, i)))},
+            by_class,
+            spent.by_layer[layer],
+            spent.by_head[layer],
+        )
         for layer, by_class in enumerate(found)
     )
 

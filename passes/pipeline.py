@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -82,15 +82,28 @@ def compile_policy(
     findings = (*resolved.findings, *(d for d in check(resolved) if d not in resolved.findings))
     if any(finding.severity == "error" for finding in findings):
         raise PolicyError(*(finding for finding in findings if finding.severity == "error"))
-    start = time.perf_counter()
-    lowered = lower(resolved)
     context = Context(
         facts,
-        lowered.places,
-        {head: Path(path) for head, path in (tables or {}).items()},
-        _bases(loaded, resolved),
-        probes or {},
+        tables={head: Path(path) for head, path in (tables or {}).items()},
+        bases=_bases(loaded, resolved),
+        probes=probes or {},
     )
+    return compile_resolved(resolved, context, findings, dump)
+
+
+def compile_resolved(
+    resolved: Resolved,
+    context: Context,
+    findings: tuple[Diagnostic, ...] = (),
+    dump: str | os.PathLike[str] | None = None,
+) -> Compiled:
+    """Compile a policy that has been checked, for the model of a context, whose places are put in here.
+
+    findings: of the checks; those of the passes are added. dump: as in `compile_policy`.
+    """
+    start = time.perf_counter()
+    lowered = lower(resolved)
+    context = replace(context, places=lowered.places)
     texts: dict[str, str] = {}
     seconds: dict[str, float] = {}
     folder = dump if dump is not None else os.environ.get("KVC_DUMP")
@@ -106,7 +119,7 @@ def compile_policy(
 
     after("lower", lowered.module, lowered.places, time.perf_counter() - start)
     run(lowered.module, context, after=after)
-    plan = freeze(lowered.module, facts, tuple((key, canonical(value)) for key, value in resolved.params))
+    plan = freeze(lowered.module, context.facts, tuple((key, canonical(value)) for key, value in resolved.params))
     learned = tuple(context.learned.items())
     return Compiled(plan, texts, resolved, (*findings, *context.findings), seconds, learned)
 

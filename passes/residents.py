@@ -28,7 +28,7 @@ class Forward:
     """One forward: new and peeked tokens, phase, and the totals of each group over all its rows and layers.
 
     `peak` is the most that stands in the rows at once: where a piece is inserted before it is judged, all of it.
-    `exact` is False from the first forward on whose totals are bounds.
+    `known` says of each group whether that is exact: False from the first forward on whose totals are bounds.
     """
 
     tokens: int
@@ -37,7 +37,12 @@ class Forward:
     before: tuple[int, ...]
     peak: tuple[int, ...]
     after: tuple[int, ...]
-    exact: bool
+    known: tuple[bool, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Of all groups."""
+        return all(self.known)
 
 
 def forwards(plan: PolicyPlan, prompt: int, steps: int) -> Iterator[Forward]:
@@ -58,7 +63,7 @@ def _forward(rows: Sequence[Rows], tokens: int, peeked: int, phase: str, step: i
     advance(rows, tokens, phase, step)
     peak = tuple(row.peak * row.group.times for row in rows)
     after = tuple(row.held * row.group.times for row in rows)
-    return Forward(tokens, peeked, phase, before, peak, after, all(row.exact for row in rows))
+    return Forward(tokens, peeked, phase, before, peak, after, tuple(row.exact for row in rows))
 
 
 def advance(rows: Sequence[Rows], tokens: int, phase: str, step: int) -> None:

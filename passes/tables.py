@@ -2,7 +2,7 @@
 
 Takes a path and the model's shape; gives rows of numbers, and the heads that a class takes of them.
 Guarantees: at most 4 MiB is read; what is wrong is a PolicyError with line and column in the table; ties go to
-the lower layer, then the lower head; a head table of only 0 and 1 is taken as it is.
+the lower layer, then the lower head; a head table of only 0 and 1 is taken as it is. `masks` reads .safetensors.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from kvcompile.dsl.diagnostics import Diagnostic, fail, finding, outside
 from kvcompile.dsl.source import Source, Span
 from kvcompile.kernels.plan import ModelFacts
+from kvcompile.passes import masks
 
 MAX_BYTES = 4 << 20
-Table = tuple[tuple[float, ...], ...]
+Table = masks.Table
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _TINY = 1e-30  # what is smaller weighs nothing, and its exact form would be long
@@ -28,17 +30,41 @@ _SEEN = 40  # characters of a wrong value that a message shows
 def read_table(path: Path, layers: int, heads: int) -> Table:
     """The numbers of a table file, [layers][heads]. PolicyError with the place of what is wrong."""
     source = Source(str(path), _read(path))
-    lines = source.text.rstrip().splitlines()
-    if not lines:
-        raise fail("K612", "the head table is empty", outside(str(path)), _wanted(layers, heads))
-    rows = tuple(_row(source, number, line) for number, line in enumerate(lines, 1))
-    for number, row in enumerate(rows, 1):
-        if len(row) != heads:
-            raise fail("K612", f"line {number} holds {len(row)} numbers", _line(source, number), _wanted(layers, heads))
+    rows = _rows(source, heads, _wanted(layers, heads))
     if len(rows) != layers:
         raise fail("K612", f"the table holds {len(rows)} lines", _line(source, min(layers + 1, len(rows))),
                    _wanted(layers, heads))  # fmt: skip
     return rows
+
+
+def read_scores(path: Path) -> Table:
+    """The scores of a file of either kind, of whatever shape, all layers alike. PolicyError for what is wrong."""
+    if path.suffix == ".safetensors":
+        return masks.read_masks(path, read_bytes(path)).scores
+    return _rows(Source(str(path), _read(path)), None, "a head table holds a line per layer, all of one length")
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What a .safetensors file of heads says about where they come from; nothing for text. PolicyError as above."""
+    return dict(masks.read_masks(path, read_bytes(path)).provenance) if path.suffix == ".safetensors" else {}
+
+
+def heads_of_file(
+    path: Path, facts: ModelFacts, top: Fraction | None, span: Span
+) -> tuple[frozenset[tuple[int, int]], list[Diagnostic]]:
+    """The (layer, head) pairs of a class by its file, text or .safetensors, as `choose` gives them.
+
+    Of a .safetensors file the mask counts, or with `top` the scores, whatever numbers they are.
+    """
+    if path.suffix != ".safetensors":
+        return choose(read_table(path, facts.layers, facts.kv_heads), top, span)
+    learned = masks.read_masks(path, read_bytes(path), facts.layers, facts.kv_heads)
+    if top is not None:
+        return best(learned.scores, top), []
+    if learned.mask is None:
+        raise fail("K613", f"{path.name} holds scores, but no mask", span,
+                   'say how many heads the class takes, such as table("f.safetensors", top=30%)')  # fmt: skip
+    return choose(learned.mask, None, span)
 
 
 def read_weights(path: Path, layers: int) -> tuple[Fraction, ...]:
@@ -115,7 +141,8 @@ def probe_table(
 # ---------------------------------------------------------------- text
 
 
-def _read(path: Path) -> str:
+def read_bytes(path: Path) -> bytes:
+    """All of a file of at most 4 MiB. PolicyError K610 for what cannot be read."""
     where = outside(str(path))
     try:
         if path.is_dir():
@@ -131,11 +158,29 @@ def _read(path: Path) -> str:
         raise fail("K610", f"cannot read the table: {reason}", where, "check the path and its rights") from None
     if len(data) > MAX_BYTES:
         raise fail("K610", f"the table is larger than {MAX_BYTES} bytes", where, "is this a table?")
+    return data
+
+
+def _read(path: Path) -> str:
+    data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"the table is no text (byte {error.start})"
-        raise fail("K610", message, where, "save it as tab-separated text") from None
+        raise fail("K610", message, outside(str(path)), "save it as tab-separated text") from None
+
+
+def _rows(source: Source, heads: int | None, wanted: str) -> Table:
+    """The lines of a head table, each of `heads` numbers; None: each as long as the first."""
+    lines = source.text.rstrip().splitlines()
+    if not lines:
+        raise fail("K612", "the head table is empty", outside(source.name), wanted)
+    rows = tuple(_row(source, number, line) for number, line in enumerate(lines, 1))
+    length = len(rows[0]) if heads is None else heads
+    for number, row in enumerate(rows, 1):
+        if len(row) != length or not row:
+            raise fail("K612", f"line {number} holds {len(row)} numbers", _line(source, number), wanted)
+    return rows
 
 
 def _row(source: Source, number: int, line: str) -> tuple[float, ...]:

@@ -101,6 +101,18 @@ def test_two_policies_stand_side_by_side_by_head_class(run) -> None:
     assert answer == wanted
 
 
+def test_heads_are_learned_saved_and_used(run, tmp_path: Path) -> None:
+    assert code_lines(EXAMPLES / "06_learn_heads.py") < 40
+    out = run("06_learn_heads.py", "--out", str(tmp_path))
+    table = [[float(x) for x in line.split("\t")] for line in (tmp_path / "masks.tsv").read_text().splitlines()]
+    marked = [(i, j) for i, row in enumerate(table) for j, value in enumerate(row) if value == 1.0]
+    assert [len(row) for row in table] == [4, 4, 4] and sum(map(sum, table)) == len(marked) == 3
+    assert f"kept whole (layer, KV head): {marked}" in out
+    answer, wanted = re.search(r"-> (\w+) .*\(right: (\w+)\)", out).groups()
+    assert answer == wanted
+    assert re.search(r"policy\s+prulong", out) and "footprint" in out
+
+
 def test_the_demo_shows_who_remembers(run) -> None:
     out = run("demo.py", "--prompts", "8")
     rows = re.findall(r"^ *(\w+) +(\d+)% +(\d+)% +([\d.]+) +([\d.]+) +(\d+) ", out, re.MULTILINE)

@@ -43,7 +43,7 @@ def test_scores_are_those_of_plain_loops(family: str, wide: int, monkeypatch: py
     monkeypatch.setattr(probe, "WIDE", wide)
     model = random_model(family)
     found = run_probes(model, find_sites(model), {"echo": ("echo", TOKENS), "induction": ("induction", TOKENS)})
-    ids = probe._tokens(model, TOKENS).tolist() * 4
+    ids = probe.random_tokens(model, TOKENS).tolist() * 4
     assert len(set(ids)) == TOKENS
     truth = by_loops(captured(random_model(family), ids), model.config.num_key_value_heads, TOKENS)
     for kind, scores in truth.items():
@@ -52,8 +52,8 @@ def test_scores_are_those_of_plain_loops(family: str, wide: int, monkeypatch: py
 
 def test_tokens_are_random_but_always_the_same_and_none_is_special() -> None:
     model = random_model()
-    ids = probe._tokens(model, 600)
-    assert torch.equal(ids, probe._tokens(model, 600))
+    ids = probe.random_tokens(model, 600)
+    assert torch.equal(ids, probe.random_tokens(model, 600))
     assert not {0, 1} & set(ids.tolist())  # pad, begin
     assert len(set(ids.tolist())) == 254  # every other token of the vocabulary
     assert ids[:254].tolist() != sorted(ids[:254].tolist())
@@ -108,7 +108,7 @@ policy far_only():
 
 def test_a_policy_keeps_all_on_the_heads_that_its_probes_find() -> None:
     model, plain = random_model(), random_model()
-    found = by_loops(captured(plain, probe._tokens(plain, TOKENS).tolist() * 4), 2, TOKENS)
+    found = by_loops(captured(plain, probe.random_tokens(plain, TOKENS).tolist() * 4), 2, TOKENS)
     far: set[tuple[int, int]] = set()
     for kind, number in (("induction", 3), ("echo", 1)):  # of 3 layers with 2 KV heads, truncated
         order = sorted((-score, layer, head) for layer, row in enumerate(found[kind]) for head, score in enumerate(row))

@@ -151,7 +151,7 @@ class Triton:
                 continue
             fresh = sequence(site, b, q, k, v, state, kv_heads)
             rows, order, index = gather_rows(plan, site, [b], heads, needs_keys(plan, part), scale, fresh)
-            rows = with_queries(plan, site, b, heads, rows, query_sources(part), fresh)
+            rows = with_queries(plan, site, [b], heads, rows, query_sources(part), fresh)
             stays, wins = evict.decide(plan, cls, site, [b], heads, rows, order, _Kernels(plan, cls))
             width = stays.shape[1] - fresh.k.shape[1]
             _settle(site, index, stays[:, :width], wins[:, :width], part.by_position)

@@ -96,6 +96,39 @@ def facts(rng: random.Random, count: int) -> dict[str, str]:
     return {name: rng.choice(COLOURS) for name in rng.sample(NAMES, count)}
 
 
+def fact(name: str, colour: str) -> list[str]:
+    """The sentence that tells a name's colour."""
+    return [colour, "suits", name, "."]
+
+
+def topic_told(topic: int) -> list[str]:
+    """The sentence that sets a topic, given by its place in `TOPICS`."""
+    return ["talk", "turns", "to", TOPICS[topic], "."]
+
+
+def planted(rng: random.Random, told: list[list[str]], room: int, front: int) -> list[list[str]]:
+    """Sentences: those of `told` in random order among filler in the first `front` words, or so, then filler alone.
+
+    `room` words of filler in all. Raises ValueError where that cannot be done (1 to 3).
+    """
+    early = max(0, front - sum(map(len, told)))
+    before = filler(rng, early if early >= SHORTEST else 0)
+    after = filler(rng, room - sum(map(len, before)))
+    mixed = before + told
+    rng.shuffle(mixed)
+    return mixed + after
+
+
+def at_depth(sentences: list[list[str]], needle: list[str], depth: float) -> list[list[str]]:
+    """The sentences with one more put in where nearest to that part of all words stands before it."""
+    total = sum(map(len, sentences)) + len(needle)
+    before = [0]
+    for sentence in sentences:
+        before.append(before[-1] + len(sentence))
+    place = min(range(len(before)), key=lambda i: abs(before[i] - depth * total))
+    return [*sentences[:place], needle, *sentences[place:]]
+
+
 def prompt(rng: random.Random, length: int, n_facts: int = 12, part: float = 0.4) -> Prompt:
     """A text of exactly `length` tokens (the tokenizer's start token included) that ends in one question.
 
@@ -103,12 +136,8 @@ def prompt(rng: random.Random, length: int, n_facts: int = 12, part: float = 0.4
     """
     known = facts(rng, n_facts)
     room = length - 1 - QUESTION_WORDS - n_facts * FACT_WORDS
-    front = max(0, int(length * part) - n_facts * FACT_WORDS)
-    early = filler(rng, front if front >= SHORTEST else 0)
-    late = filler(rng, room - sum(map(len, early)))
-    planted = early + [[colour, "suits", name, "."] for name, colour in known.items()]
-    rng.shuffle(planted)
-    words = [word for piece in planted + late for word in piece]
+    told = [fact(name, colour) for name, colour in known.items()]
+    words = [word for piece in planted(rng, told, room, int(length * part)) for word in piece]
     name = rng.choice(list(known))
     words += ["colour", "of", name]
     place = next(i for i, word in enumerate(words) if word == name)
@@ -129,12 +158,12 @@ def training_text(rng: random.Random, length: int, n_facts: int, mentions: int =
     (nearly); `CHOSEN` where chance did, so that what nobody can know does not drown what can be learned.
     """
     known = facts(rng, n_facts)
-    told = [[colour, "suits", name, "."] for name, colour in known.items()]
+    told = [fact(name, colour) for name, colour in known.items()]
     # Not all are asked: else an answer could be guessed as a colour that was told and not yet asked for.
     asked = [["colour", "of", name, known[name], "."] for name in rng.sample(list(known), 2 * n_facts // 3)]
     if mentions:
         topic = rng.randrange(len(TOPICS))
-        told.append(["talk", "turns", "to", TOPICS[topic], "."])
+        told.append(topic_told(topic))
         asked += [["so", "they", "say", MOODS[topic], "."]] * mentions
     plain = filler(rng, length - 1 - sum(map(len, told + asked)))
     cut = rng.randint(0, len(plain))

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from kvcompile.dsl import Diagnostic, PolicyError, check, library, load, parse, resolve, words
+from kvcompile.dsl.check_learn import LEARNABLE, check_block
 from kvcompile.dsl.codes import CATALOGUE
+from kvcompile.dsl.context import Context
+from kvcompile.dsl.learn_block import Block
 from kvcompile.dsl.lower import lower
 
 PAGE = (Path(__file__).parents[2] / "docs" / "language.md").read_text(encoding="utf-8")
@@ -141,13 +144,38 @@ def test_codes_in_the_text_exist_with_the_severity_said() -> None:
     assert said and all(CATALOGUE[code].severity == severity for severity, code in said)
 
 
+def learned(gate: str, loss: str) -> Block | None:
+    """The example of a learn block with another gate and loss."""
+    text = next(body for body in EXAMPLES if "learn far for learned" in body)
+    text = re.sub("gate z = .*", f"gate z = {gate}", re.sub("loss .*", f"loss {loss}", text))
+    context = Context.of(resolve(load(text)))
+    return check_block(context, context.resolved.learns[0])
+
+
+def test_gates_are_listed_with_the_values_of_what_is_not_written() -> None:
+    listed = [fragments(row[0])[0] for row in rows("| gate | a KV head's number |")]
+    assert [gate.split("(")[0] for gate in listed] == list(words.GATES)
+    for gate in listed:
+        name = gate.split("(")[0]
+        loss = "next_token" if name == "sparsemax" else "next_token + mean(z)"
+        assert set(re.findall(r"(\w+)=", gate)) == set(words.GATES[name])
+        bare = learned("sparsemax(keep=30%)" if name == "sparsemax" else f"{name}()", loss)
+        assert bare is not None and learned(gate, loss) == bare
+
+
+def test_terms_of_a_loss_are_listed() -> None:
+    listed = [fragments(row[0])[0] for row in rows("| term of the loss | becomes small where |")]
+    found = learned("clamp01()", " + ".join(listed))
+    assert found is not None and [term.kind for term in found.terms] == list(words.LOSSES)
+
+
 @pytest.mark.parametrize(
     "known",
     [
         words.AXES, words.FIELDS, words.PORTIONS, words.REDUCTIONS, words.QUERY_SOURCES, words.FUNCTIONS, words.SHARES,
         words.REGIONS, words.UNIT_REGIONS, words.TRIGGERS, words.EVENTS, words.POSITIONS, words.FORMATS, words.GRAINS,
         words.TIERS, words.FOLDS, words.HEAD_SOURCES, [f"{kind} {what}" for kind in words.SCOPES for what in
-        words.SCOPES[kind]],
+        words.SCOPES[kind]], words.GATES, words.LOSSES, LEARNABLE,
     ],
 )  # fmt: skip
 def test_every_word_of_the_language_is_on_the_page(known: list[str]) -> None:

@@ -61,9 +61,18 @@ def test_keys_and_queries_are_read_by_place_and_scored_as_stored(paged: bool, co
     for h, (pos, k) in enumerate(zip(held, keys, strict=True)):
         shuffled = torch.randperm(len(pos), generator=torch.Generator().manual_seed(h))
         at = torch.tensor(pos)[shuffled]
-        write(site, site.base(2) + h, k[shuffled], k[shuffled], at, torch.zeros_like(at), torch.zeros(0, len(pos)))
+        write(
+            site,
+            [site.base(2) + h],
+            [len(at)],
+            k[shuffled],
+            k[shuffled],
+            at,
+            torch.zeros_like(at),
+            torch.zeros(0, len(pos)),
+        )
     rows, _, _ = gather_rows(plan, site, [0], [0, 1], True, 1.0)
-    rows = with_queries(plan, site, 0, [0, 1], rows, {QuerySource("last", 3), QuerySource("previous", 1)}, None)
+    rows = with_queries(plan, site, [0], [0, 1], rows, {QuerySource("last", 3), QuerySource("previous", 1)}, None)
     assert rows.layer == 1 and rows.heads is not None and rows.heads.tolist() == [0, 1]
     raw = Expr("reduce", (binary("*", named("field", "raw.k"), const(1)),), ("max", "d"))
     stored, whole = value(raw, rows), rows.queries
@@ -95,7 +104,7 @@ def test_an_entry_without_position_is_read_as_it_is_and_weighs_its_tokens() -> N
     site.clock[0, :3] = torch.tensor([1, 0, 6])
     for h in range(2):
         at = torch.tensor([4, -1, 6])
-        write(site, h, k[h], k[h], at, torch.zeros_like(at), torch.tensor([[1.0, 5.0, 1.0]]))
+        write(site, [h], [len(at)], k[h], k[h], at, torch.zeros_like(at), torch.tensor([[1.0, 5.0, 1.0]]))
     rows, _, _ = gather_rows(plan, site, [0], [0, 1], True, 1.0)
     assert rows.pos.tolist() == [[-1, 4, 6]] * 2
     assert rows.k is not None and rows.bias is not None
@@ -113,9 +122,9 @@ def test_sampled_queries_are_spread_over_positions(part: Fraction) -> None:
     site, q = store.site(0), draw(2, 2, 30, 4, seed=3)
     fresh = Fresh(q, q[:, 0], q[:, 0], torch.zeros(0, 2, 30), 30, 7)
     site.clock[0, :3] = torch.tensor([30, 0, 7])
-    found = gather_queries(site, 0, [0, 1], 2, QuerySource("sample", 0, part), fresh)
+    found = gather_queries(site, [0], [0, 1], 2, QuerySource("sample", 0, part), fresh)
     wanted = [t for t in range(7, 37) if t * part // 1 > (t - 1) * part // 1]
     assert found.pos.tolist() == [wanted, wanted]
     assert torch.equal(found.q, q[:, :, [t - 7 for t in wanted]])
     site.clock[0, :3] = torch.tensor([1, 0, 9])
-    assert gather_queries(site, 0, [0], 2, QuerySource("sample", 0, Fraction(1, 20)), None).pos.tolist() == [[-1]]
+    assert gather_queries(site, [0], [0], 2, QuerySource("sample", 0, Fraction(1, 20)), None).pos.tolist() == [[-1]]

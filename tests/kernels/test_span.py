@@ -169,7 +169,7 @@ def filled(
                 pos = torch.tensor(held[layer, b, h])
                 k = pos[:, None].expand(-1, 4).float()
                 state = torch.zeros(len(plan.states), len(pos))
-                write(site, site.base(heads) + b * heads + h, k, k, pos, torch.zeros_like(pos), state)
+                write(site, [site.base(heads) + b * heads + h], [len(pos)], k, k, pos, torch.zeros_like(pos), state)
     return store.sites()
 
 

@@ -14,6 +14,22 @@ from tests.oracle import Oracle
 STATIC = ("keep_all", "streaming", "prulong", "duo", "h2o", "snapkv", "tova", "pyramidkv", "knorm", "keydiff")
 
 
+def by_head(truth: Oracle) -> list[list[float]]:
+    """The footprint of each [layer][KV head], from the entries that stood in its row before each forward."""
+    total = sum(f.piece.tokens for f in truth.forwards)
+    found = [[0.0] * truth.heads for _ in range(truth.layers)]
+    for f in truth.forwards:
+        n = f.piece.tokens + f.piece.peeked
+        for layer, row in enumerate(f.before):
+            for head, past in enumerate(row):
+                found[layer][head] += (n * (n + 1) / 2 + n * past) / (total * (total + 1) / 2)
+    return found
+
+
+def numbers(nested: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(nested, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("name", LIBRARY)
 @examples(3)
 @given(data=st.data())
@@ -32,6 +48,7 @@ def test_p6_report_counts_what_the_oracle_counts(name, data, tmp_path_factory):
     report = kvcompile.report(model).to_dict()
     assert report["footprint"] == pytest.approx(truth.footprint(), abs=1e-9)
     assert report["peak"] == pytest.approx(truth.peak(), abs=1e-9)
+    torch.testing.assert_close(numbers(report["footprint_by_head"]), numbers(by_head(truth)), atol=1e-9, rtol=0)
     lengths = [n for layer in truth.lengths() for n in layer]
     assert report["kept"] == pytest.approx(sum(lengths) / (len(lengths) * (prompt + steps)), abs=1e-9)
     plan = kvcompile.explain(sample.policy, model.config, prompt=prompt, generate=steps, **options).to_dict()
@@ -45,6 +62,12 @@ def test_p6_report_counts_what_the_oracle_counts(name, data, tmp_path_factory):
         assert plan["peak"] == pytest.approx(truth.peak(), abs=1e-9)
     if plan["exact_entries"]:
         assert planned == sum(lengths)
+    for layer, spent in zip(plan["by_layer"], by_head(truth), strict=True):
+        mean = sum(spent) / len(spent)
+        assert layer["footprint"] >= mean - 1e-9
+        assert all(bound >= one - 1e-9 for bound, one in zip(layer["footprint_by_head"], spent, strict=True))
+        assert not layer["exact"] or layer["footprint"] == pytest.approx(mean, abs=1e-9)
+        assert not layer["exact_by_head"] or layer["footprint_by_head"] == pytest.approx(spent, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", LIBRARY)
