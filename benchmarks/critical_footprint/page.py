@@ -146,9 +146,9 @@ def _heads(rise: dict[int, dict[str, torch.Tensor]], named: dict[int, dict[str, 
     lines = [
         "## Heads",
         "",
-        f"Heads that carry a skill: each alone, made local (sink {SINK}, window {WINDOW}), raises the loss of the answers "
-        f"by at least {MATERIAL:.0%} of the largest rise. Then how many of them each method keeps with {SHOWN} % of the "
-        "heads.",
+        f"Heads that carry a skill: each alone, made local (sink {SINK}, window {WINDOW}), raises the loss of the "
+        f"answers by at least {MATERIAL:.0%} of the largest rise. Then how many of them each method keeps with {SHOWN} % "
+        "of the heads.",
         "",
         "| model | skill | heads (layer.head: rise in nats) | PruLong | Duo | Razor |",
         "|---|---|---|---:|---:|---:|",
@@ -194,7 +194,7 @@ def _how(found: Evaluation) -> str:
         f"{len(found.cells)} cells, {skipped} of them skipped; {seconds:.1f} s each. {machine}; {versions}. Methods "
         "and their policies: `benchmarks/critical_footprint/methods.py`.\n\n"
         "Naive: pieces are judged by their own last queries; patched: by the prompt's last (`peek`), whose entries "
-        "count while they are read. All keep the same part of each piece, and what a piece keeps stays. PruLong learns one "
-        "table per target on plain tales with facts and topics, DuoAttention one on facts alone; their local heads "
+        "count while they are read. All keep the same part of each piece, and what a piece keeps stays. PruLong learns "
+        "one table per target on plain tales with facts and topics, DuoAttention one on facts alone; their local heads "
         f"keep {SINK} sinks and a window of {WINDOW}. Tasks and their data: `docs/evaluation.md`."
     )
