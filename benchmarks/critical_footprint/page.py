@@ -147,7 +147,7 @@ def _heads(rise: dict[int, dict[str, torch.Tensor]], named: dict[int, dict[str, 
         "## Heads",
         "",
         f"Heads that carry a skill: each alone, made local (sink {SINK}, window {WINDOW}), raises the loss of the "
-        f"answers by at least {MATERIAL:.0%} of the largest rise. Then how many of them each method keeps with {SHOWN} % "
+        f"answers by at least {MATERIAL:.0%} of the largest rise. Then how many each method keeps with {SHOWN} % "
         "of the heads.",
         "",
         "| model | skill | heads (layer.head: rise in nats) | PruLong | Duo | Razor |",
