@@ -146,7 +146,9 @@ CATALOGUE: dict[str, Code] = {
     "K613": Code(
         "error", "head table needs a threshold", 'Say which part of the heads the class takes: table("f.tsv", top=30%).'
     ),
-    "K614": Code("warning", "threshold ignored", "A table of only 0 and 1 is taken as it is."),
+    "K614": Code(
+        "warning", "threshold and mask", "A table of only 0 and 1 is taken as it is; scores beside a mask are ranked."
+    ),
     "K615": Code("error", "trained scores unreadable", "`learned` reads a safetensors file of at most 1 GiB."),
     "K616": Code("error", "trained scores do not fit", "The file must hold finite weights of this model's shape."),
     "K617": Code("warning", "probe not run", "Which heads a probe finds is known once it has run on the model."),

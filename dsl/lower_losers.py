@@ -51,6 +51,9 @@ def _merge(builder: Builder, loser: ast.Merge, scope: Scope) -> LoserOp:
 
 
 def _per_loser(builder: Builder, node: ast.Expr, scope: Scope) -> SSAValue:
+    for inner in node.walk():
+        if isinstance(inner, ast.Reduce) and any(axis.name == "h" for axis in inner.axes):
+            refuse("K908", f"`{inner.span.text}` of losers", inner.span, "each head has its own losers: leave out [h]")
     value = builder.expr(node, scope)
     if kv.axes_of(value) not in ("", "i"):
         refuse("K908", f"`{node.span.text}` of losers", node.span, "give one number per loser, such as `sim`")

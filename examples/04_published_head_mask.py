@@ -2,7 +2,7 @@
 
 Published tables (DuoAttention's, PruLong's) hold one row per layer and one tab-separated number in 0..1 per
 KV head. This example writes such a table itself and gives it to a random Llama of the same shape; with a
-real model, download its table and name the file in `tables=`.
+real model, download its table, or learn one as `06_learn_heads.py` does, and name the file in `tables=`.
 """
 
 import random

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompile.kernels import reference
 from kvcompile.kernels.evaluate import FORWARD, Queries
-from kvcompile.kernels.gather import Fresh, gather_rows, placed, together
+from kvcompile.kernels.gather import Fresh, few, gather_rows, placed, together
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.rotary import places, rotate
@@ -40,7 +40,9 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
     for b, line in enumerate(clock):
         if line[Clock.NEW] + line[Clock.PEEK]:
             alike.setdefault((line[Clock.NEW], line[Clock.PEEK]), []).append(b)
-    for (new, peek), sequences in alike.items():
+    turned = kv_heads * q.shape[3] * int(site.length.max()) if plan.compact else 0  # keys that a read copies
+    several = [(n, b) for n, bs in alike.items() for b in few(bs, max(turned, q[0, :, : sum(n)].numel()))]
+    for (new, peek), sequences in several:
         n = new + peek
         piece = together(site, sequences, q, k, v, None, kv_heads)
         rows = [b * kv_heads + h for b in sequences for h in range(kv_heads)]

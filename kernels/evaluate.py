@@ -47,6 +47,7 @@ class Rows:
     step int64 [rows]; layer, heads int64 [rows]: which KV head of which layer a row is. Under `positions compact`
     raw [rows, n, head_dim] are the keys as they are stored. bias float32 [rows, n] is added to every logit. rope
     float32 [2, positions, head_dim], cosine and sine. own [rows, group, n, head_dim]: on insert, each entry's query.
+    sequences: how many there are, whose heads follow each other.
     """
 
     pos: Tensor
@@ -71,6 +72,7 @@ class Rows:
     raw: Tensor | None = None
     own: Tensor | None = None
     weights: Mapping[str, Tensor] | None = None
+    sequences: int = 1
 
     def one(self, row: int) -> Rows:
         """The same for a single row."""
@@ -80,6 +82,7 @@ class Rows:
             self,
             **{name: value[cut] for name, value in found.items() if value is not None},
             state={name: s[cut] for name, s in self.state.items()},
+            sequences=1,
             queries=None
             if self.queries is None
             else {s: Queries(x.q[cut], x.pos[cut]) for s, x in self.queries.items()},
@@ -340,7 +343,15 @@ class _Evaluator:
             return masked(fn, x, self._mask(arg), E)
         if axis == "u" and x.shape[U] > 1:
             return masked(fn, x, self._mask(arg).any(E, keepdim=True), U)
-        return reduced(fn, x, (H, G) if axis == "h" else (_DIM[axis],))
+        return self._over_heads(fn, x) if axis == "h" else reduced(fn, x, (_DIM[axis],))
+
+    def _over_heads(self, fn: str, x: Tensor) -> Tensor:
+        """A reduction over all query heads of a layer, for each sequence its own."""
+        if self.rows.sequences == 1 or x.shape[H] == 1:
+            return reduced(fn, x, (H, G))
+        heads = len(self.rows.pos) // self.rows.sequences
+        found = reduced(fn, x.unflatten(H, (-1, heads)), (H + 1, G + 1))
+        return found.expand(-1, heads, *found.shape[2:]).flatten(H, H + 1)
 
     def _over_queries(self, fn: str, arg: Expr) -> Tensor:
         """A reduction over queries; sums and means of many of them block by block."""
@@ -363,12 +374,17 @@ class _Evaluator:
         kind, width = str(expr.value[0]), int(expr.value[1])
         x, (rows, count) = self._value(expr.args[0]), self.rows.pos.shape
         x = x.expand(rows, *x.shape[1:E], self.alive.shape[E], x.shape[D])
-        x = self._by_entry(x).expand(-1, -1, -1, count, -1).transpose(-1, -2).clone()
-        for r in range(rows):
-            order = self.candidates[r].nonzero().flatten()
-            if len(order):
-                x[r, ..., order] = pooled(kind, width, x[r, ..., order])
-        return self._arrange(x.transpose(-1, -2))
+        x = self._by_entry(x).expand(-1, -1, -1, count, -1).transpose(-1, -2)
+        # Candidates move together, so that the holes between them close; past a row's last one nothing is there.
+        there = self.candidates.sum(1)
+        order = (~self.candidates).byte().argsort(dim=1, stable=True)[:, : int(there.max())]
+        if not order.shape[1]:
+            return self._arrange(x.transpose(-1, -2))
+        inside = (torch.arange(order.shape[1], device=x.device) < there[:, None])[:, None, None, None]
+        at = order[:, None, None, None].expand(*x.shape[:-1], -1)
+        close = x.gather(-1, at)
+        found = pooled(kind, width, close.masked_fill(~inside, float("-inf") if kind == "max" else 0.0))
+        return self._arrange(x.scatter(-1, at, torch.where(inside, found, close)).transpose(-1, -2))
 
     # -- elementwise -------------------------------------------------------------------------------------------
 

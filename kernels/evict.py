@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.evaluate import Rows
-from kvcompile.kernels.formulas import ties_heads
 from kvcompile.kernels.gather import (
     Fresh,
     apply_fresh,
+    few,
     gather_rows,
     needs_keys,
     pieces_of,
     query_sources,
+    sequence,
     together,
     with_queries,
 )
 from kvcompile.kernels.judge import carry_out, gather_in_place, judging, numbers_of, place_of
 from kvcompile.kernels.layout import Clock, Site, write
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, formulas_of
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan
 from kvcompile.kernels.select import Means, Plainly, keep_mask
 from kvcompile.kernels.span import competes, note_scores
 
@@ -30,8 +31,9 @@ def insert(plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: 
     k, v [B, kv_heads, m, head_dim], right-aligned; state float32 [states, B, kv_heads, m] or None.
     """
     heads = list(plan.heads(int(site.layer), cls))
-    for sequences in _equally_far(site, cls).values() if heads else ():
-        _insert(plan, site, sequences, together(site, sequences, k, k, v, state, plan.facts.kv_heads), heads)
+    for alike in _equally_far(site, cls).values() if heads else ():
+        for sequences in few(alike, k[0].numel()):
+            _insert(plan, site, sequences, together(site, sequences, k, k, v, state, plan.facts.kv_heads), heads)
 
 
 def _insert(plan: PolicyPlan, site: Site, sequences: list[int], fresh: Fresh, heads: list[int]) -> None:
@@ -80,7 +82,7 @@ def evict_prefill(
                 _insert(plan, site, sequences, fresh, heads)
             if plan.spans(cls):
                 for b in sequences:
-                    note_scores(plan, cls, site, b, scale, fresh)
+                    note_scores(plan, cls, site, b, scale, sequence(site, b, q, k, v, state, facts.kv_heads))
             elif fires and in_place(plan, cls):
                 _judge_in_place(plan, cls, site, sequences, heads, scale, fresh)
             elif fires:
@@ -90,24 +92,13 @@ def evict_prefill(
                 apply_fresh(plan, site, sequences, heads, keep, won, part, fresh)
 
 
-AT_ONCE = 1 << 22  # numbers of keys or attention that are gathered at a time, at least one sequence's
-
-
 def _batches(plan: PolicyPlan, cls: int, site: Site, alike: list[int], columns: int, heads: int) -> list[list[int]]:
-    """Equally far sequences, cut so that what is gathered at a time stays small; one by one where heads are tied."""
+    """Equally far sequences, cut so that what is gathered at a time stays small."""
     facts, part = plan.facts, plan.classes[cls]
-    if _tied(part):
-        return [[b] for b in alike]
     asked = [columns if s.kind in ("forward", "sample") else s.width for s in query_sources(part)]
     width = columns + int(site.length.max())
     size = heads * width * max(facts.head_dim, facts.group * sum(asked), 1)
-    step = max(1, AT_ONCE // size)
-    return [alike[i : i + step] for i in range(0, len(alike), step)]
-
-
-def _tied(part: ClassPlan) -> bool:
-    """Whether heads of a sequence look at each other, so that rows of several sequences cannot be taken at once."""
-    return any(s.scope != "head" for s in part.selections) or any(ties_heads(f) for f in formulas_of(part))
+    return few(alike, size)
 
 
 def evict_step(plan: PolicyPlan, sites: list[Site], scale: float) -> None:
@@ -128,8 +119,8 @@ def evict_class(plan: PolicyPlan, cls: int, site: Site, firing: list[int], scale
 
 
 def _alone(plan: PolicyPlan, part: ClassPlan) -> bool:
-    """Whether rows of several sequences cannot be taken at once: heads look at each other, or queries are read."""
-    return needs_keys(plan, part) or bool(query_sources(part)) or _tied(part)
+    """Whether rows of several sequences are not taken at once: they may be at different places, and keys are many."""
+    return needs_keys(plan, part) or bool(query_sources(part))
 
 
 def _judge_in_place(

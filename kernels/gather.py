@@ -61,6 +61,16 @@ def together(
     return Fresh(q.unflatten(0, (len(sequences) * kv_heads, -1)), k, v, state, new, start)
 
 
+AT_ONCE = 1 << 20  # numbers of keys, queries or attention that are taken at a time; one sequence's may be more
+
+
+def few(sequences: list[int], size: int) -> list[list[int]]:
+    """Sequences in groups that can be taken at once, where each takes `size` numbers: of short pieces many, of long
+    ones, where nothing would be gained and every copy counts, one by one."""
+    step = max(1, AT_ONCE // max(size, 1))
+    return [sequences[i : i + step] for i in range(0, len(sequences), step)]
+
+
 def pieces_of(sequences: list[int], heads: list[int], kv_heads: int) -> list[int]:
     """Where the KV heads of some sequences stand in their `Fresh`."""
     return [i * kv_heads + h for i in range(len(sequences)) for h in heads]
@@ -214,6 +224,7 @@ def gather_rows(
         rope=site.rope if site.rope.shape[1] else None,
         compact=plan.compact,
         raw=raw,
+        sequences=len(sequences),
     )
     return rows, order, index
 

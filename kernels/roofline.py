@@ -2,7 +2,8 @@
 
 Decode, judging and moving are bound by memory traffic or by launch latency: decode attention does `group`
 operations a byte where a GPU balances at two hundred. Only a second pass over all queries of a prefill is
-bound by arithmetic. So a prediction is a sum that a person can check by hand.
+bound by arithmetic. So a prediction is a sum that a person can check by hand. `Launch` adds what occupancy
+takes from the bandwidth, to rank candidates: few bytes under way cannot hide the memory's latency.
 """
 
 from __future__ import annotations
@@ -37,6 +38,50 @@ class Traffic:
             work = f"{self.operations / 1e12:.3f} TFLOP / {gpu.operations / 1e12:.0f} TFLOP/s ({compute * 1e6:.1f} us)"
         launches = f"{self.launches} x {gpu.launch * 1e6:.0f} us of launch"
         return f"{self.seconds(gpu) * 1e6:.1f} us on {gpu.name} = {work} + {launches}"
+
+
+LATENCY = 0.7e-6  # seconds from a load to its data under load: an estimate for HBM and GDDR alike
+RESERVED = 1024  # bytes of shared memory that the system takes of each thread block (CUDA programming guide)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What one thread block takes of a multiprocessor: registers of a thread, bytes of shared memory, warps."""
+
+    registers: int
+    shared: int
+    warps: int
+
+
+def resident(gpu: Gpu, needs: Needs) -> int:
+    """Thread blocks that stand on one multiprocessor at a time; 0 where not even one fits."""
+    if needs.shared > gpu.shared:
+        return 0
+    threads = needs.warps * gpu.warp
+    registers = -(-max(needs.registers, 1) // 8) * 8 * threads  # handed out in eights
+    return min(gpu.threads // threads, gpu.registers // registers, gpu.shared_all // (needs.shared + RESERVED) or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch as ranking sees it. programs: that have work, a real number; in_flight: bytes that one waits for."""
+
+    traffic: Traffic
+    programs: float
+    in_flight: int
+
+    def seconds(self, gpu: Gpu, blocks: int, dtype: str = "bfloat16") -> float:
+        """Predicted time where `blocks` programs stand on a multiprocessor; infinite where none can.
+
+        Bytes in flight over the latency bound the bandwidth (Little's law).
+        """
+        if blocks < 1:
+            return float("inf")
+        active = min(self.programs, float(blocks * gpu.multiprocessors))
+        bandwidth = min(gpu.bandwidth, active * self.in_flight / LATENCY)
+        spread = min(1.0, active / gpu.multiprocessors)
+        work = max(self.traffic.total / bandwidth, self.traffic.operations / (gpu.peak(dtype) * spread))
+        return work + self.traffic.launches * gpu.launch
 
 
 def size(count: int) -> str:

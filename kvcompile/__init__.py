@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvcompile.cache import KvCache
     from kvcompile.dsl.diagnostics import PolicyError
     from kvcompile.evaluation.evaluate import evaluate
+    from kvcompile.exporting import export
     from kvcompile.inspection import inspect
     from kvcompile.kernels.errors import KvCompileError
     from kvcompile.learning.learn import learn
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "explain",
+    "export",
     "inspect",
     "learn",
     "optimize",
@@ -42,6 +44,7 @@ _HOMES = {
     "PolicyError": "kvcompile.dsl.diagnostics",
     "evaluate": "kvcompile.evaluation.evaluate",
     "explain": "kvcompile.passes.explain",
+    "export": "kvcompile.exporting",
     "inspect": "kvcompile.inspection",
     "learn": "kvcompile.learning.learn",
     "optimize": "kvcompile.api",

@@ -16,10 +16,12 @@ import typer
 from kvcompile import __version__
 from kvcompile.cli_check import check
 from kvcompile.cli_eval import evaluate
+from kvcompile.cli_export import export
 from kvcompile.cli_fmt import fmt
 from kvcompile.cli_inspect import inspect, kernels
 from kvcompile.cli_learn import learn
 from kvcompile.cli_model import explain, run, verify
+from kvcompile.cli_tune import tune
 
 # Helps are plain text: they are read in pipes and logs too.
 app = typer.Typer(
@@ -47,7 +49,7 @@ def options(
     """Compile KV-cache policies."""
 
 
-for command in (check, fmt, explain, run, inspect, verify, kernels, learn):
+for command in (check, fmt, explain, run, inspect, verify, kernels, learn, tune, export):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -57,7 +57,7 @@ def evaluate(
     lengths, of_seeds = _numbers(length, "--length", 1), _numbers(seeds, "--seeds", 0)
     pieces = None if chunks is None else _numbers(chunks, "--chunks", 1)
     parts = None if budgets is None else [_part(word, "--budgets") for word in _words(budgets, "--budgets")]
-    good = float(_part(threshold, "--threshold"))
+    good = float(_part(threshold, "--threshold", "part of full attention's score"))
     if plot and out is None:
         raise typer.BadParameter("--plot needs --out DIR, the folder that the figures go to", param_hint="--plot")
     names = [part for word in suite or () for part in suite_names(word)]
@@ -146,15 +146,15 @@ def _numbers(text: str, option: str, least: int) -> list[int]:
     return found
 
 
-def _part(word: str, option: str) -> Any:
-    """A part in (0, 1]."""
+def _part(word: str, option: str, what: str = "budget") -> Any:
+    """A part in (0, 1]; `what` it is, for the message."""
     from kvcompile.evaluation.budgets import part
     from kvcompile.kernels.errors import KvCompileError
 
     try:
         return part(word)
     except KvCompileError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+        raise typer.BadParameter(str(error).replace("budget", what, 1), param_hint=option) from None
 
 
 def _writable(out: Path) -> None:
@@ -164,9 +164,7 @@ def _writable(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise KvCompileError(f"--out {out}: is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    trial = out / ".trial"
-    trial.touch()
-    trial.unlink()
+    shared.check_folder(out, f"--out {out}")
 
 
 def _check_matplotlib() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,8 +92,7 @@ def learn(
     with shared.progress("loading the model"):
         decoder = shared.load_model(model, anywhere=not several)
         # Ready-made token ids need none.
-        has_words = any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-        tokenizer = shared.load_tokenizer(model) if method == "train" and has_words else None
+        tokenizer = shared.load_tokenizer(model) if method == "train" and shared.has_tokenizer(model) else None
     if method == "train":
         try:
             found = learned(
@@ -104,7 +102,8 @@ def learn(
                 progress=sys.stderr.isatty(), **params,
             )  # fmt: skip
         except KeyboardInterrupt:
-            saved = f"; the state is in {checkpoint}, the same command goes on from it" if checkpoint else ""
+            there = checkpoint is not None and (checkpoint / "state.json").is_file()
+            saved = f"; the state is in {checkpoint}, the same command goes on from it" if there else ""
             print(f"interrupted{saved}", file=sys.stderr)
             raise typer.Exit(1) from None
         scores = found.scores
@@ -144,8 +143,7 @@ def _check_out(out: Path) -> None:
         raise KvCompileError(f"--out {out}: is a folder; name a file in it")
     if not out.parent.is_dir():
         raise KvCompileError(f"--out {out}: there is no folder {out.parent}; make it first")
-    with tempfile.TemporaryFile(dir=out.parent):
-        pass
+    shared.check_folder(out.parent, f"--out {out}")
 
 
 def _measured(method: str, decoder: Any, plan: Any, length: int | None, seed: int) -> HeadScores:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,7 +107,31 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
+    from kvcompile.kernels.errors import KvCompileError
+
+    if (folder / "config.json").is_file() and not has_tokenizer(folder):
+        raise KvCompileError(f"--model {folder}: has no tokenizer; save the model's own into it (save_pretrained)")
     return _from_folder(AutoTokenizer, folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder says anything of a tokenizer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in names)
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """Find out before hours of work whether files can be written to a folder. `where` begins the message."""
+    from kvcompile.kernels.errors import KvCompileError
+
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise KvCompileError(
+            f"{where}: cannot write there ({reason}); name another place, or mend its rights"
+        ) from None
 
 
 def read_prompt(text: str | None, file: Path | None) -> str | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from kvcompile.passes.sites import AttentionSite
 TOKENS, REPEATS = 2500, 4
 KINDS = ("echo", "induction")  # attention to the previous same token, and to the token after that one
 WIDE = 1 << 24  # logits that are held at a time
-_ATTENTION = "kvcompile_probe"
+_ATTENTION = "kvcompile_observe"
 
 Scores = list[list[float]]  # [layer][KV head]
 
@@ -53,10 +53,7 @@ def _length(model: Any, tokens: int | None) -> int:
 
 def _measure(model: Any, sites: tuple[AttentionSite, ...], length: int) -> dict[str, Scores]:
     record = _Record(length, {site.index: int(site.attention.num_key_value_groups) for site in sites})  # type: ignore[arg-type]
-    device = model.get_input_embeddings().weight.device
-    ids = random_tokens(model, length).repeat(REPEATS)[None].to(device)
-    with attending_by(model, _ATTENTION), torch.no_grad():
-        untouched(model)(input_ids=ids, use_cache=False, logits_to_keep=1, kvc_probe=record)
+    observe(model, [random_tokens(model, length).repeat(REPEATS)], record)
     missing = [site.name for site in sites if site.index not in record.scores]
     if missing:
         raise KvCompileError(f"{missing[0]} could not be probed: its attention does not go through transformers' own")
@@ -80,10 +77,22 @@ def positions_of(model: Any) -> int | None:
     return most if isinstance(most, int) else None
 
 
-def untouched(model: Any) -> Any:
-    """The model's forward, of an optimised model the one without the policy."""
+class Observer(Protocol):
+    """What attention is told to in passing."""
+
+    def note(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        """q [1, q_heads, n, D], k, v [1, kv_heads, n, D] of one layer, after rotation."""
+
+
+def observe(model: Any, texts: Iterable[Tensor], observer: Observer) -> None:
+    """Run texts, int64 [n] each, one by one and tell the observer of every attention; an optimised model runs without
+    its policy."""
     optimized = vars(model).get("_kvcompile")
-    return model.forward if optimized is None else optimized.forward.original
+    forward = model.forward if optimized is None else optimized.forward.original
+    device = model.get_input_embeddings().weight.device
+    with attending_by(model, _ATTENTION), torch.no_grad():
+        for ids in texts:
+            forward(input_ids=ids[None].to(device), use_cache=False, logits_to_keep=1, kvc_observer=observer)
 
 
 def _text_config(config: Any) -> Any:
@@ -113,8 +122,8 @@ class _Record:
     group: dict[int, int]
     scores: dict[int, dict[str, list[float]]] = field(default_factory=dict)
 
-    def note(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
-        """q [1, q_heads, n, D], k [1, kv_heads, n, D] of one layer, n = REPEATS * length."""
+    def note(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        """As of `Observer`, n = REPEATS * length."""
         group, (kv_heads, n) = self.group[layer], k.shape[1:3]
         asked = q[0].unflatten(0, (kv_heads, group))
         total = {kind: torch.zeros(kv_heads, group, device=q.device) for kind in KINDS}
@@ -136,14 +145,14 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    kvc_probe: _Record | None = None,
+    kvc_observer: Observer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention over one sequence without padding, noted in passing. Returns [1, n, q_heads, head_dim]."""
-    if kvc_probe is None:
-        raise KvCompileError("this attention stands in a model only while it is probed")
+    if kvc_observer is None:
+        raise KvCompileError("this attention stands in a model only while its heads are measured")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kvc_probe.note(int(module.layer_idx), query, key, scale)  # type: ignore[arg-type]
+    kvc_observer.note(int(module.layer_idx), query, key, value, scale)  # type: ignore[arg-type]
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2), None
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from kvcompile.dsl.diagnostics import Diagnostic, fail, finding, outside
 from kvcompile.dsl.source import Source, Span
@@ -27,26 +26,19 @@ _TINY = 1e-30  # what is smaller weighs nothing, and its exact form would be lon
 _SEEN = 40  # characters of a wrong value that a message shows
 
 
-def read_table(path: Path, layers: int, heads: int) -> Table:
-    """The numbers of a table file, [layers][heads]. PolicyError with the place of what is wrong."""
+def read_table(path: Path, layers: int | None = None, heads: int | None = None) -> Table:
+    """The numbers of a table file, [layers][heads]; without a shape, of any, all layers alike.
+
+    PolicyError with the place of what is wrong.
+    """
     source = Source(str(path), _read(path))
+    if layers is None or heads is None:
+        return _rows(source, None, "a head table holds a line per layer, all of one length")
     rows = _rows(source, heads, _wanted(layers, heads))
     if len(rows) != layers:
         raise fail("K612", f"the table holds {len(rows)} lines", _line(source, min(layers + 1, len(rows))),
                    _wanted(layers, heads))  # fmt: skip
     return rows
-
-
-def read_scores(path: Path) -> Table:
-    """The scores of a file of either kind, of whatever shape, all layers alike. PolicyError for what is wrong."""
-    if path.suffix == ".safetensors":
-        return masks.read_masks(path, read_bytes(path)).scores
-    return _rows(Source(str(path), _read(path)), None, "a head table holds a line per layer, all of one length")
-
-
-def read_provenance(path: Path) -> dict[str, Any]:
-    """What a .safetensors file of heads says about where they come from; nothing for text. PolicyError as above."""
-    return dict(masks.read_masks(path, read_bytes(path)).provenance) if path.suffix == ".safetensors" else {}
 
 
 def heads_of_file(
@@ -60,7 +52,14 @@ def heads_of_file(
         return choose(read_table(path, facts.layers, facts.kv_heads), top, span)
     learned = masks.read_masks(path, read_bytes(path), facts.layers, facts.kv_heads)
     if top is not None:
-        return best(learned.scores, top), []
+        chosen = best(learned.scores, top)
+        marked = None if learned.mask is None else choose(learned.mask, None, span)[0]
+        if marked is None or marked == chosen:
+            return chosen, []
+        warning = f"the mask in {path.name} marks {len(marked)} heads, and `top` takes {len(chosen)} by their scores"
+        return chosen, [
+            finding("K614", warning, span, "leave `top` out, or save the mask as .tsv, which is taken as it is")
+        ]
     if learned.mask is None:
         raise fail("K613", f"{path.name} holds scores, but no mask", span,
                    'say how many heads the class takes, such as table("f.safetensors", top=30%)')  # fmt: skip

@@ -183,6 +183,46 @@ def test_mistakes_are_found_before_weights_are_read(
     assert not Path("masks.tsv").exists()
 
 
+def test_text_needs_a_tokenizer_and_ready_made_ids_need_none(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "text.txt").write_text("w3 w4 w5")
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": list(range(3, 60))}) + "\n")
+    same = ("prulong", "--model", bare, "--steps", 3, *LOCAL, "--out", tmp_path / "m.safetensors")
+    for data in ("suite:recall", tmp_path / "text.txt"):
+        code, _, err = run(capsys, *same, "--data", data)
+        assert code == 1 and "needs the model's tokenizer: save it into the model's folder" in err
+    code, _, err = run(capsys, *same, "--data", tmp_path / "ids.jsonl")
+    assert code == 0, err
+
+
+def test_places_that_cannot_be_written_are_found_first(
+    capsys: pytest.CaptureFixture[str], folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Optimizer, "step", lambda self: pytest.fail("a step was taken"))
+    same = ("prulong", "--model", folder, "--data", data, *LOCAL)
+    code, _, err = run(capsys, *same, "--out", "/proc/m.tsv")  # no user can write there
+    assert code == 1 and "--out /proc/m.tsv: cannot write there" in err
+    code, _, err = run(capsys, *same, "--out", tmp_path / "m.tsv", "--checkpoint", "/proc")
+    assert code == 1 and "checkpoint /proc: cannot write there" in err
+
+
+def test_interrupted_before_there_is_a_state(
+    capsys: pytest.CaptureFixture[str], folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvcompile.learning.learn.load_data", stopped)
+    same = ("prulong", "--model", folder, "--data", data, *LOCAL, "--out", tmp_path / "m.tsv")
+    code, _, err = run(capsys, *same, "--checkpoint", tmp_path / "state")
+    assert (code, err) == (1, "interrupted\n")
+
+
 def test_data_that_cannot_be_used(capsys: pytest.CaptureFixture[str], folder: Path, data: Path, tmp_path: Path) -> None:
     same = ("--model", folder, "--out", tmp_path / "m.tsv")
     with data.open("a") as stream:
@@ -190,7 +230,12 @@ def test_data_that_cannot_be_used(capsys: pytest.CaptureFixture[str], folder: Pa
     code, _, err = run(capsys, "prulong", *same, "--data", data, *LOCAL)
     assert code == 1 and f"{data}:7, column" in err
     code, _, err = run(capsys, "prulong", *same, "--data", tmp_path / "none.txt", *LOCAL)
-    assert code == 1 and "none.txt: No such file" in err
+    assert code == 1 and "none.txt: no such file or folder; give one, or `suite:NAME`" in err
+    code, _, err = run(capsys, "prulong", *same, "--data", tmp_path / "none", *LOCAL)
+    assert code == 1 and "none: no such file or folder" in err
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    code, _, err = run(capsys, "prulong", *same, "--data", tmp_path / "bytes.txt", *LOCAL)
+    assert code == 1 and "bytes.txt: not UTF-8 text (byte 0); save it as UTF-8" in err
     (tmp_path / "text.txt").write_text("w3 w4 w5")
     code, _, err = run(capsys, "prulong", *same, "--data", tmp_path / "text.txt", *LOCAL)
     assert code == 1 and "reads the same" in err

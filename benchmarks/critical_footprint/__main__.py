@@ -33,7 +33,8 @@ def tables(folder: Path, seed: int) -> dict[str, Path]:
     where = folder.with_name(f"heads-{seed}")
     where.mkdir(exist_ok=True)
     found = {f"prulong-{keep}": heads.prulong(model, keep, seed, where) for keep in methods.KEEPS}
-    return found | {"duo": heads.duo(model, seed, where), "razor": heads.razor(model, where)}
+    probed = {kind: heads.razor(model, kind, where) for kind in ("induction", "echo")}
+    return found | probed | {"duo": heads.duo(model, seed, where)}
 
 
 def swept(folder: Path, seed: int, found: dict[str, Path], work: Path, count: int, jobs: int) -> Evaluation:

@@ -92,9 +92,9 @@ def duo(model: Any, seed: int, folder: Path) -> Path:
     return path
 
 
-def razor(model: Any, folder: Path) -> Path:
-    """Induction scores by RazorAttention's probe, to be ranked."""
-    path = folder / "razor.safetensors"
+def razor(model: Any, kind: str, folder: Path) -> Path:
+    """Scores by one of RazorAttention's probes, `induction` (14 of its 15 % of the heads) or `echo`, to be ranked."""
+    path = folder / f"razor-{kind}.safetensors"
     if not path.exists():
-        probe_scores(model, "induction").save(path)
+        probe_scores(model, kind).save(path)
     return path

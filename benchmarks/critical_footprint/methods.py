@@ -77,7 +77,8 @@ policy razor_pieces(n_sink={SINK}, window={WINDOW}, c=32):
 
 
 def cases(length: int, chunk: int, layers: int, tables: dict[str, Path]) -> list[Case]:
-    """All methods at one piece size. tables: `duo` and `razor` scores, `prulong-30` and its like 0/1 tables."""
+    """All methods at one piece size. tables: scores of `duo`, `induction` and `echo`, 0/1 tables `prulong-30` and
+    its like."""
     out = []
     for keep in EIGHTH if chunk <= length // 8 else COARSE if chunk < length else FEW:
         part = Fraction(keep, 100)
@@ -86,7 +87,8 @@ def cases(length: int, chunk: int, layers: int, tables: dict[str, Path]) -> list
         table = {"retrieval": tables[f"prulong-{keep}"]}
         out.append(Case("prulong", HEADS, {}, table, budget, chunk))
         out.append(Case("duo", HEADS, {}, {"retrieval": tables["duo"]}, budget, chunk))
-        out.append(Case("razor", RAZOR, {}, {"far": tables["razor"]}, budget, chunk))
+        out.append(Case("razor, induction", RAZOR, {}, {"far": tables["induction"]}, budget, chunk))
+        out.append(Case("razor, echo", RAZOR, {}, {"far": tables["echo"]}, budget, chunk))
         for patched in (False, True) if chunk < length else (False,):
             how = ", patched" if patched else ", naive" if chunk < length else ""
             # A policy that reads `last` queries has no pieces of its own: there the caller cuts.

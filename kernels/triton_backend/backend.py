@@ -26,7 +26,7 @@ from kvcompile.kernels.states import Weights, growth, observe
 from kvcompile.kernels.triton_backend import prefill
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.evict import EvictStep
-from kvcompile.kernels.triton_backend.library import library
+from kvcompile.kernels.triton_backend.library import At, library
 
 
 class Triton:
@@ -65,13 +65,15 @@ class Triton:
         key = _key(plan, site)
         if key not in self._decoders:
             rows = site.batch * plan.facts.kv_heads
+            at = At(site.k.device, rows, _capacity(site))
             try:
-                module = library(plan).decode()
+                module = library(plan).decode(at)
             except Unprintable:
                 self._decoders[key] = None
             else:
-                layers = plan.facts.layers
-                self._decoders[key] = DecodeStep.prepare(module, layers, rows, _capacity(site), site.k.device)
+                self._decoders[key] = DecodeStep.prepare(
+                    module, plan.facts.layers, rows, at.tokens, at.device, library(plan).target(at)
+                )
         return self._decoders[key]
 
     def evict_step(self, plan: PolicyPlan, stores: list[Site], scale: float) -> None:
@@ -102,7 +104,8 @@ class Triton:
         key = (*_key(plan, site), index)
         if key not in self._evictions:
             try:
-                module = library(plan).evict(index)
+                rows = site.batch * plan.facts.kv_heads * plan.facts.layers
+                module = library(plan).evict(index, At(site.k.device, rows, _capacity(site)))
                 found = EvictStep.prepare(module, plan, index, site.batch, _capacity(site), site.k.device)
             except Unprintable:
                 found = None
@@ -167,8 +170,7 @@ class Triton:
         pos = (first[:, None, None] + torch.arange(k.shape[2], device=k.device)).expand(k.shape[:3]).int()
         if state is None:
             state = torch.zeros(len(plan.states), *k.shape[:3], device=k.device)
-        module = _packer(plan)
-        assert module is not None  # the callers have taken the other path
+        module = library(plan).pack(At(k.device, k.shape[0] * k.shape[1], k.shape[2]))
         k, v = k.contiguous(), v.contiguous()
         prefill.append(module, site, k, v, pos, won.to(torch.uint8), state, keep, site.layer)
 
@@ -181,7 +183,7 @@ class _Kernels(Plainly):
 
     def score(self, term: Selection, rows: Rows, candidates: Tensor, unit: UnitPlan | None) -> Tensor:  # type: ignore[override]
         try:
-            stages = library(self.plan).scores(term)
+            stages = library(self.plan).scores(term, At(rows.pos.device, *rows.pos.shape))
         except Unprintable:
             return super().score(term, rows, candidates, unit)
         if not stages or unit is not None or rows.k is None or rows.bias is not None:
@@ -198,7 +200,7 @@ class _Kernels(Plainly):
         self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor, versus: Contest | None
     ) -> Tensor:
         try:
-            module = library(self.plan).select(self.cls, term)
+            module = library(self.plan).select(self.cls, term, At(values.device, *rows.pos.shape))
         except Unprintable:
             return super().choose(term, rows, values, candidates, n, versus)
         together = term.scope != "head"
@@ -222,7 +224,7 @@ def _growth(plan: PolicyPlan, states: tuple[StatePlan, ...], rows: Rows, fresh: 
     grown, rest = {}, []
     for state in states:
         try:
-            module = library(plan).state(state)
+            module = library(plan).state(state, At(rows.pos.device, *rows.pos.shape))
         except Unprintable:
             rest.append(state)
             continue

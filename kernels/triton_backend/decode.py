@@ -23,11 +23,22 @@ class DecodeStep:
     score: Tensor | None
 
     @classmethod
-    def prepare(cls, module: ModuleType, layers: int, rows: int, capacity: int, device: torch.device) -> DecodeStep:
-        """rows: of one layer, batch times KV heads. capacity: the most entries that any row may have."""
+    def prepare(
+        cls,
+        module: ModuleType,
+        layers: int,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        target: int | None = None,
+    ) -> DecodeStep:
+        """rows: of one layer, batch times KV heads. capacity: the most entries that any row may have.
+
+        target: work units that a launch aims at; None: as many as the file says per multiprocessor.
+        """
         wants = module.WRITES_SCORE
         score = torch.zeros(layers * rows, capacity, device=device) if wants else None
-        return cls(module, module.make_scratch(rows, capacity, device), score)
+        return cls(module, module.make_scratch(rows, capacity, device, target), score)
 
     def __call__(
         self,

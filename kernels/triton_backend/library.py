@@ -1,7 +1,8 @@
 """A policy's kernels as files, and as modules once one is to be launched.
 
 Takes a plan, gives `KernelFile`s under the policy's cache folder. Rendering needs neither torch nor
-Triton; `module()` imports the file, which needs both.
+Triton; `module()` imports the file, which needs both. On a GPU a launch's size chooses its constants
+(`kernels/tuning.py`): a file with other constants stands beside the plain one, under a name of its own.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from kvcompile.kernels.choose import decode_spec, evict_spec, pack_spec, score_specs, select_spec, specs_for, state_spec
+from kvcompile.kernels.gpus import Gpu, of_device
 from kvcompile.kernels.headers import Sizes, header_for
 from kvcompile.kernels.plan import PolicyPlan, Selection, StatePlan
 from kvcompile.kernels.render import folder, load, render, write
 from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.tuning import Chosen, config_for
+from kvcompile.kernels.tuning_space import with_config
+from kvcompile.kernels.tuning_store import Bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,29 @@ def write_kernels(plan: PolicyPlan, place: Path | None = None, sizes: Sizes | No
 
 
 @dataclass(frozen=True, slots=True)
+class At:
+    """Where a kernel is launched (a torch device), the rows that it serves and the most entries of one."""
+
+    device: Any
+    rows: int
+    tokens: int
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """None on the CPU, where the interpreter runs the plain files."""
+        return _gpu(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket.of(self.rows, self.tokens)
+
+
+@cache
+def _gpu(device: Any) -> Gpu:
+    return of_device(device)
+
+
+@dataclass(frozen=True, slots=True)
 class Library:
     """The modules of a plan's kernels, found by what they are for.
 
@@ -51,34 +80,58 @@ class Library:
     plan: PolicyPlan
     files: tuple[tuple[KernelSpec, KernelFile], ...]
 
-    def _module(self, spec: KernelSpec) -> ModuleType:
-        same = (file for known, file in self.files if known.digest() == spec.digest())
-        return next(same).module()
+    def _file(self, spec: KernelSpec) -> KernelFile:
+        return next(file for known, file in self.files if known.digest() == spec.digest())
 
-    def decode(self) -> ModuleType:
-        """Attention of a step."""
-        return self._module(decode_spec(self.plan))
+    def _module(self, spec: KernelSpec, at: At | None) -> ModuleType:
+        file, gpu = self._file(spec), at.gpu if at is not None else None
+        if at is not None and gpu is not None:
+            file, _ = _tuned(self.plan, file, gpu, at.bucket)
+        return file.module()
 
-    def evict(self, cls: int) -> ModuleType:
+    def decode(self, at: At | None = None) -> ModuleType:
+        """Attention of a step. at: as in all of these, None for the plain file."""
+        return self._module(decode_spec(self.plan), at)
+
+    def target(self, at: At) -> int | None:
+        """Work units that a decode launch aims at; None leaves it to the file."""
+        gpu = at.gpu
+        if gpu is None:
+            return None
+        _, chosen = _tuned(self.plan, self._file(decode_spec(self.plan)), gpu, at.bucket)
+        return None if chosen.source == "default" else dict(chosen.config)["units"] * gpu.multiprocessors
+
+    def evict(self, cls: int, at: At | None = None) -> ModuleType:
         """What class `cls` drops after a step."""
-        return self._module(evict_spec(self.plan, cls))
+        return self._module(evict_spec(self.plan, cls), at)
 
-    def pack(self) -> ModuleType:
+    def pack(self, at: At | None = None) -> ModuleType:
         """Survivors of a prefill into pages."""
-        return self._module(pack_spec(self.plan))
+        return self._module(pack_spec(self.plan), at)
 
-    def select(self, cls: int, term: Selection) -> ModuleType:
+    def select(self, cls: int, term: Selection, at: At | None = None) -> ModuleType:
         """Winners of a selection at a prefill."""
-        return self._module(select_spec(self.plan, cls, term))
+        return self._module(select_spec(self.plan, cls, term), at)
 
-    def scores(self, term: Selection) -> tuple[tuple[str, ModuleType], ...]:
+    def scores(self, term: Selection, at: At | None = None) -> tuple[tuple[str, ModuleType], ...]:
         """(template, module) of each stage of a prefill's score, in order; empty where it is a state."""
-        return tuple((spec.template, self._module(spec)) for spec in score_specs(self.plan, term))
+        return tuple((spec.template, self._module(spec, at)) for spec in score_specs(self.plan, term))
 
-    def state(self, state: StatePlan) -> ModuleType | None:
+    def state(self, state: StatePlan, at: At | None = None) -> ModuleType | None:
         """What a prefill adds to a state."""
         spec = state_spec(self.plan, state)
-        return None if spec is None else self._module(spec)
+        return None if spec is None else self._module(spec, at)
+
+
+@cache
+def _tuned(plan: PolicyPlan, file: KernelFile, gpu: Gpu, bucket: Bucket) -> tuple[KernelFile, Chosen]:
+    """A file with the constants of a GPU and a size, looked up once in a process; itself where they are its own."""
+    chosen = config_for(file.spec, gpu, bucket)
+    made = with_config(file.spec, chosen.config)
+    if made is file.spec:
+        return file, chosen
+    source = render(made, header_for(plan, made, Sizes(gpu=gpu)))
+    return KernelFile(made, write(source, file.path.parent / f"{made.name}.py"), source), chosen
 
 
 @cache

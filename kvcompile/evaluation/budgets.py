@@ -20,7 +20,7 @@ from kvcompile.kernels.errors import KvCompileError
 
 
 class Unfit(KvCompileError):
-    """A budget or a piece size is asked of a policy that has no parameter for it."""
+    """A budget or a piece size is asked of a policy that has no parameter, or was given no table, for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,19 @@ def part(budget: object) -> Fraction:
     return keep
 
 
-def fitted(case: Case, length: int, folder: Path) -> Fitted:
-    """What `use` is to be given for a case on prompts of `length` tokens; tables that are made go into `folder`."""
+def fitted(case: Case, length: int, folder: Path, shape: tuple[int, int] | None = None) -> Fitted:
+    """What `use` is to be given for a case on prompts of `length` tokens; tables that are made go into `folder`.
+
+    shape: layers and KV heads of the model, so that a table of another one is found where it lies.
+    """
     loaded = load(case.policy, case.name)
     params, tables = dict(case.params), {name: Path(path) for name, path in case.tables.items()}
     if case.chunk is not None and not case.cut:
         params = chunk_for(loaded, case.chunk, params) | params
     if case.budget is not None:
-        found = parameters_for(loaded, part(case.budget), length, params=params, tables=tables, folder=folder)
+        found = parameters_for(
+            loaded, part(case.budget), length, params=params, tables=tables, folder=folder, shape=shape
+        )
         params, tables = {**found.params, **params}, {**tables, **found.tables}
     return Fitted(params, tables)
 
@@ -97,6 +102,7 @@ def parameters_for(
     params: Mapping[str, Any] | None = None,
     tables: Mapping[str, Path] | None = None,
     folder: Path | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> Fitted:
     """The parameters, and the table, with which a policy keeps the part `keep` of a prompt of `length` tokens.
 
@@ -113,7 +119,9 @@ def parameters_for(
             names = ", ".join(head.decl.name for head in by_table)
             raise Unfit(f"policy {resolved.name} has several classes by table ({names}): a budget cannot say how they "
                         "share it; give each its table and leave the budget out")  # fmt: skip
-        return Fitted({}, {by_table[0].decl.name: _rounded(resolved, by_table[0], keep, dict(tables or {}), folder)})
+        return Fitted(
+            {}, {by_table[0].decl.name: _rounded(resolved, by_table[0], keep, dict(tables or {}), folder, shape)}
+        )
     return Fitted(_by_name(resolved, keep, length), {})
 
 
@@ -180,16 +188,23 @@ def _is_table(source: object) -> bool:
     return isinstance(source, ast.Call) and source.fn == "table"
 
 
-def _rounded(resolved: Resolved, head: Any, keep: Fraction, tables: Mapping[str, Path], folder: Path | None) -> Path:
+def _rounded(
+    resolved: Resolved,
+    head: Any,
+    keep: Fraction,
+    tables: Mapping[str, Path],
+    folder: Path | None,
+    shape: tuple[int, int] | None,
+) -> Path:
     """The table of a class with the `keep` part of all heads as ones: written, unless it is just that already."""
     from kvcompile.learning.masks import load_scores
 
     name = head.decl.name
     path = tables.get(name) or _written(head)
     if path is None:
-        raise KvCompileError(f"policy {resolved.name} takes a table for `{name}`: give --table {name}=FILE, or "
+        raise Unfit(f"policy {resolved.name} takes a table for `{name}`: give --table {name}=FILE, or "
                              f'tables={{"{name}": "FILE"}}')  # fmt: skip
-    scores = load_scores(path)
+    scores = load_scores(path, shape)
     values = [value for row in scores.values for value in row]
     wanted = int(keep * len(values))
     if all(value in (0.0, 1.0) for value in values):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.evaluation.cells import Cell
 from kvcompile.evaluation.critical import Spread
-from kvcompile.evaluation.results import method
+from kvcompile.evaluation.fingerprint import digest
+from kvcompile.evaluation.results import method, point_of
 from kvcompile.kernels.errors import KvCompileError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ DASHES = ("-", "--", "-.", ":")
 DPI = 150
 DEPTHS = 10  # rows of a heat map at most
 PANELS = 12  # panels of a figure at most
+LETTERS = 80  # of a text in a file's name
 
 Point = tuple[float, float, float, float]  # x, mean score, lowest and highest over seeds
 
@@ -67,7 +69,8 @@ def accuracy(evaluation: Evaluation, suite: str, length: int, axis: str, path: P
         x, y, low, high = zip(*points, strict=True)
         axes.plot(x, y, label=method(curve[0], curve[1]), linewidth=1.4, markersize=5, **style)
         if low != high:
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            shade = min(0.15, 0.6 / len(drawn))  # many of them lie on each other
+            axes.fill_between(x, low, high, color=style["color"], alpha=shade, linewidth=0)
         if axis == "footprint":
             _ring(axes, critical.get(curve), style["color"], points)
     full = [cell for curve, cells in curves.items() if curve[0] == evaluation.full for cell in cells]
@@ -140,8 +143,7 @@ def head_classes(title: str, cells: Sequence[Cell], path: Path) -> list[Path]:
         )
         for budget, classes in maps.items()
     ]
-    told = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
-    return [_panels(title, panels, ("KV head", "layer", told), path, (0.0, len(names) - 1.0), whole=True)]
+    return [_panels(title, panels, ("KV head", "layer", "head class"), path, (-0.5, len(names) - 0.5), names)]
 
 
 def head_map(
@@ -163,8 +165,9 @@ def head_map(
 
 
 def slug(text: str) -> str:
-    """A text as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:80] or "x"
+    """A text as part of a file's name; what is cut off a long one stays in a few letters of its digest."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "x"
+    return plain if len(plain) <= LETTERS else f"{plain[: LETTERS - 9]}_{digest(text)[:8]}"
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -212,9 +215,9 @@ def _by_budget(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 def _points(cells: Sequence[Cell], axis: str) -> list[Point]:
     """One point per budget, means over seeds, by x."""
-    found: dict[tuple[Any, ...], list[Cell]] = {}
+    found: dict[float | str, list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.budget, cell.digest), []).append(cell)
+        found.setdefault(point_of(cell), []).append(cell)
     out = []
     for same in found.values():
         scores = [cell.score or 0.0 for cell in same]
@@ -223,8 +226,8 @@ def _points(cells: Sequence[Cell], axis: str) -> list[Point]:
 
 
 def _ring(axes: Any, found: Spread | None, colour: str, points: list[Point]) -> None:
-    """Mark the critical footprint, a mean over seeds, at the point of the line that is nearest."""
-    if found is None or not found.reached:
+    """Mark the critical footprint, a mean over seeds that all have one, at the point of the line that is nearest."""
+    if found is None or found.reached < found.seeds:
         return
     x, y, *_ = min(points, key=lambda point: abs(point[0] - found.mean))
     axes.plot([x], [y], marker="o", markersize=12, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.6)
@@ -232,9 +235,13 @@ def _ring(axes: Any, found: Spread | None, colour: str, points: list[Point]) -> 
 
 def _panels(
     title: str, panels: Sequence[tuple[str, list[str], list[str], list[list[float]]]], labels: tuple[str, str, str],
-    path: Path, limits: tuple[float, float], whole: bool = False,
+    path: Path, limits: tuple[float, float], kinds: Sequence[str] = (),
 ) -> Path:  # fmt: skip
-    """Heat maps side by side with one colour bar: (heading, names of rows, names of columns, values)."""
+    """Heat maps side by side with one colour bar: (heading, names of rows, names of columns, values). With `kinds`
+    a value is the number of one of them."""
+    from matplotlib import colormaps
+
+    colours = colormaps["cividis"].resampled(len(kinds)) if kinds else colormaps["cividis"]
     panels = panels[:PANELS]
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
@@ -247,14 +254,14 @@ def _panels(
             axes.set_axis_off()
             continue
         heading, names, tops, values = panels[number]
-        image = axes.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
+        image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
         axes.set_title(heading, fontsize=8)
         axes.set_xlabel(labels[0], fontsize=7)
         axes.set_ylabel(labels[1], fontsize=7)
         _ticks(axes, names, tops)
     bar = figure.colorbar(image, ax=grid, label=labels[2])
-    if whole:
-        bar.set_ticks(range(int(limits[1]) + 1))
+    if kinds:
+        bar.set_ticks(range(len(kinds)), labels=kinds)
     figure.suptitle(title, fontsize=10)
     return _save(figure, path)
 

@@ -117,7 +117,7 @@ class Evaluation:
                 parts.append(f"critical footprint: the smallest with {self.threshold:.0%} of the score of {self.full}")
                 parts.append(_aligned(_CRITICAL_HEADS, [_critical_row(s) for s in found]))
         reasons = dict.fromkeys((method(c.label, c.chunk), c.budget, c.reason) for c in self.cells if not c.done)
-        parts += [f"skipped: {name} at budget {budget}: {reason}" for name, budget, reason in reasons]
+        parts += [f"skipped: {name}{_at(budget)}: {reason}" for name, budget, reason in reasons]
         return "\n".join(parts)
 
 
@@ -135,6 +135,11 @@ def _relative(cell: Cell, full: Mapping[Place, float]) -> float | None:
     return cell.score / of if of and cell.score is not None else None
 
 
+def point_of(cell: Cell) -> float | str:
+    """What tells the points of a curve apart: the budget, else the plan. Models may have tables of their own."""
+    return cell.digest if cell.budget is None else cell.budget
+
+
 def method(label: str, chunk: int | None) -> str:
     """A curve's name for people."""
     return label if chunk is None else f"{label}, pieces of {chunk}"
@@ -150,7 +155,7 @@ def _same_case(cells: Iterable[Cell]) -> list[list[Cell]]:
     """Cells that differ in their seed only, together."""
     found: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.label, cell.chunk, cell.budget, cell.digest), []).append(cell)
+        found.setdefault((cell.label, cell.chunk, point_of(cell)), []).append(cell)
     return list(found.values())
 
 
@@ -178,6 +183,10 @@ def _critical_row(found: Spread) -> tuple[str, ...]:
         return name, "none", "", "", "", f"0 of {found.seeds}"
     figures = (f"{value:.3f}" for value in (found.mean, found.lowest, found.highest))
     return name, *figures, crossing, f"{found.reached} of {found.seeds}"
+
+
+def _at(budget: float | None) -> str:
+    return "" if budget is None else f" at budget {budget:.4g}"
 
 
 def _times(seeds: int) -> str:

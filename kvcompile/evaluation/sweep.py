@@ -28,6 +28,8 @@ from kvcompile.passes.facts import model_facts
 
 __all__ = ["Case", "Cell", "sweep"]
 
+_OF_FILES = frozenset({"K610", "K611", "K612", "K613", "K615", "K616", "K618"})
+
 
 def sweep(
     model: Any,
@@ -52,8 +54,8 @@ def sweep(
     each, for models on the CPU; a script that asks for more than one needs an `if __name__ == "__main__"` guard.
     note: is told what is worth knowing, on stderr if None.
 
-    Raises Unfit for a budget or chunk that a policy has no parameter for, KvCompileError for the rest. Skipped cells
-    are tried again in the next sweep.
+    Raises Unfit for a budget or chunk that a policy has no parameter for, PolicyError for tables and trained scores
+    that are missing or another model's, KvCompileError for the rest. Skipped cells are tried again in the next sweep.
     """
     if "_kvcompile" in vars(model):
         raise KvCompileError("a sweep optimises the model by itself, and this one is optimised: restore it first")
@@ -100,7 +102,7 @@ def _plan(
         compiled: dict[int, tuple[Fitted, Compiled] | str] = {}
         for length in dict.fromkeys(lengths):
             try:
-                fit = fitted(case, length, made)
+                fit = fitted(case, length, made, (facts.layers, facts.kv_heads))
                 compiled[length] = (
                     fit,
                     compile_policy(case.policy, facts, name=case.name, tables=fit.tables, **fit.params),
@@ -108,6 +110,8 @@ def _plan(
             except Unfit:
                 raise
             except (PolicyError, KvCompileError) as error:
+                if isinstance(error, PolicyError) and any(d.code in _OF_FILES for d in error.diagnostics):
+                    raise  # no budget makes it another file
                 compiled[length] = str(error)
         for suite, length, seed, samples, told in asked:
             found = compiled[length]

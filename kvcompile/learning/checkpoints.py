@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ _NAME = re.compile(r"state-[0-9]+\.safetensors", re.ASCII)
 
 @dataclass(frozen=True)
 class State:
-    """A training after `step` steps: its tensors by name, what else its optimizer knows, and one dict a step."""
+    """A training after `step` steps: its tensors by name, and one dict of figures a step."""
 
     step: int
     tensors: Mapping[str, Tensor]
-    numbers: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
 
 
@@ -42,6 +42,17 @@ class Files:
 
     index: bytes
     tensors: bytes
+
+
+def prepared(folder: Path) -> None:
+    """Make the folder, and find out before the first step whether it can be written; KvCompileError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise KvCompileError(f"checkpoint {folder}: cannot write there ({reason}); name another folder") from None
 
 
 def save_state(folder: Path, state: State, identity: Mapping[str, Any]) -> None:
@@ -57,7 +68,6 @@ def save_state(folder: Path, state: State, identity: Mapping[str, Any]) -> None:
         "step": state.step,
         "tensors": name,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "numbers": dict(state.numbers),
         "history": list(state.history),
     }
     replace_file(folder / name, data)
@@ -71,7 +81,8 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one step: readers see the old one or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with draft.open("wb") as stream:
+        draft.unlink(missing_ok=True)
+        with draft.open("xb") as stream:  # a link of that name would be written through
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -103,16 +114,20 @@ def state_of(files: Files, folder: Path, identity: Mapping[str, Any]) -> State:
     _check_same(folder, index.get("identity"), dict(identity))
     if hashlib.sha256(files.tensors).hexdigest() != index.get("sha256"):
         raise _damaged(folder, f"{index['tensors']} is not the file that {INDEX} was written for")
-    step, numbers, history = index.get("step"), index.get("numbers"), index.get("history")
-    if type(step) is not int or step < 0 or not isinstance(numbers, dict) or not isinstance(history, list):
-        raise _damaged(folder, f"{INDEX} lacks step, numbers or history")
-    if len(history) != step or not all(isinstance(entry, dict) for entry in history):
-        raise _damaged(folder, f"{INDEX} tells {len(history)} steps of {step}")
+    step, history = index.get("step"), index.get("history")
+    if type(step) is not int or step < 0 or not isinstance(history, list):
+        raise _damaged(folder, f"{INDEX} lacks step or history")
+    if len(history) != step or not all(_figures(entry) for entry in history):
+        raise _damaged(folder, f"{INDEX} does not tell the figures of {step} steps")
     try:
         tensors = load(files.tensors)
     except SafetensorError as error:
         raise _damaged(folder, f"{index['tensors']}: {error}") from error
-    return State(step, tensors, numbers, tuple(history))
+    return State(step, tensors, tuple(history))
+
+
+def _figures(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(value, (int, float)) for value in entry.values())
 
 
 def _check_same(folder: Path, there: Any, here: dict[str, Any]) -> None:

@@ -103,16 +103,16 @@ class HeadScores:
         return save(tensors, {PROVENANCE: json.dumps(told, sort_keys=True)})
 
 
-def load_scores(path: str | os.PathLike[str]) -> HeadScores:
-    """Head scores of either layout and of any shape; text has no provenance. PolicyError for what is wrong."""
-    source = Path(path)
-    data = read_bytes(source)
+def load_scores(path: str | os.PathLike[str], shape: tuple[int, int] | None = None) -> HeadScores:
+    """Head scores of either layout; text has no provenance. PolicyError for what is wrong.
+
+    shape: layers and KV heads of the model that they must fit; None: any.
+    """
+    source, (layers, heads) = Path(path), shape or (None, None)
     if source.suffix == ".safetensors":
-        found = read_masks(source, data)
+        found = read_masks(source, read_bytes(source), layers, heads)
         return HeadScores(found.scores, dict(found.provenance))
-    lines = data.decode("utf-8-sig", errors="replace").rstrip().splitlines()
-    heads = len(re.findall(r"[^\s,]+", lines[0])) if lines else 1
-    return HeadScores(read_table(source, max(1, len(lines)), max(1, heads)))
+    return HeadScores(read_table(source, layers, heads))
 
 
 def part_of(keep: Fraction | float | str) -> Fraction:

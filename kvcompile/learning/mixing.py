@@ -34,13 +34,17 @@ Backend = Callable[..., Any]  # of torch.compile
 
 
 class LayerMix(NamedTuple):
-    """What one layer's attention is handed: z float32 [kv_heads]; what the two sets read, None for all; whether the
-    batch's first half is the teacher's."""
+    """What one layer's attention is handed: z float32 [batch or 1, kv_heads]; what the two sets read, None for all.
+
+    taught: the teacher's attention to the full set, [batch, q_heads, n, D], which stands for the student's own. lesson:
+    where the teacher leaves it, while it runs; its own attention reads all.
+    """
 
     z: Tensor
     local: Reads | None
     full: Reads | None
-    two_way: bool
+    taught: Tensor | None = None
+    lesson: list[Tensor] | None = None
 
 
 class Hidden(NamedTuple):
@@ -79,13 +83,20 @@ class Mix:
         total = input_ids.shape[1]
         local, full = (self._of(cls, total, input_ids.device) for cls in (self.plan.local, self.plan.full))
         parts = zip(own.unbind(1), local, full, strict=True)
-        layers = [LayerMix(gate, near, far, self.plan.two_way) for gate, near, far in parts]
-        rows = torch.cat([input_ids, input_ids]) if self.plan.two_way else input_ids
-        hidden = self.model.base_model(input_ids=rows, use_cache=False, kvc_mix=layers).last_hidden_state
+        layers = [LayerMix(gate, near, far) for gate, near, far in parts]
         if not self.plan.two_way:
-            return Hidden(hidden, None)
-        teacher, student = hidden.chunk(2)
-        return Hidden(student, teacher.detach())
+            return Hidden(self._run(input_ids, layers), None)
+        # Two forwards, where the published code has one of both: nothing of a teacher is kept for the backward pass.
+        lessons: list[list[Tensor]] = [[] for _ in layers]
+        with torch.no_grad():
+            heard = [part._replace(lesson=lesson) for part, lesson in zip(layers, lessons, strict=True)]
+            teacher = self._run(input_ids, heard)
+        taught = [part._replace(taught=far) for part, (far,) in zip(layers, lessons, strict=True)]
+        return Hidden(self._run(input_ids, taught), teacher)
+
+    def _run(self, input_ids: Tensor, layers: list[LayerMix]) -> Tensor:
+        hidden: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False, kvc_mix=layers).last_hidden_state
+        return hidden
 
     def _of(self, cls: ClassPlan, total: int, device: torch.device) -> list[Reads | None]:
         """What a class reads in each layer, worked out once per length."""
@@ -118,9 +129,10 @@ def mixed(
 ) -> Iterator[Mix]:
     """The model with mixed attention, its weights frozen, in eval mode, until the block ends.
 
-    compile: "off", or a backend of torch.compile, by which each kind of decoder layer is compiled once. Gradient
-    checkpointing is on where the model has it on, layer by layer. KvCompileError for policies and models that it
-    cannot be: renumbered positions, sets that follow from the text, sliding windows, soft caps, attention sinks.
+    compile: "off", or a backend of torch.compile, by which each kind of decoder layer is compiled once, and once more
+    for a teacher. Gradient checkpointing is on where the model has it on, layer by layer. KvCompileError for policies
+    and models that it cannot be: renumbered positions, sets that follow from the text, sliding windows, soft caps,
+    attention sinks.
     """
     plan = learn_plan.plan
     for cls in (learn_plan.full, learn_plan.local):
@@ -182,11 +194,14 @@ class _MixedForward:
         run = shared.setdefault(type(layer), shared_callable("mix", type(layer), backend))
 
         def compiled(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled() and not hidden.requires_grad:
-                # Nothing before the first layer wants a gradient; a graph of its own would cost more than this one.
-                hidden = hidden.detach().requires_grad_()
+            if hidden.requires_grad != torch.is_grad_enabled():
+                # The first layer's input has no gradient to give, or one that nobody asks for; a graph of its own
+                # would cost more.
+                hidden = hidden.detach().requires_grad_(torch.is_grad_enabled())
             mark_lengths(hidden, kwargs)
             part: LayerMix = kwargs["kvc_mix"]
+            if part.taught is not None:
+                torch._dynamo.maybe_mark_dynamic(part.taught, 2)
             for where in (part.local, part.full):
                 if where is not None:
                     for tensor, sizes in ((where.columns, (1, 2)), (where.mask, (1, 2, 3))):
@@ -222,17 +237,13 @@ def _attention(
     if attention_mask is not None:
         raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    z = kvc_mix.z
-    if not kvc_mix.two_way:
-        far = attend(query, key, value, kvc_mix.full, scale)
-        near = attend(query, key, value, kvc_mix.local, scale)
-        return _added(z, far, near).transpose(1, 2), None
-    # The student's full part comes from the teacher's states: its gates alone decide what it loses.
-    (q, own_q), (k, own_k), (v, own_v) = query.chunk(2), key.chunk(2), value.chunk(2)
-    teacher = attend(q, k, v, None, scale).detach()
-    far = teacher if kvc_mix.full is None else attend(q, k, v, kvc_mix.full, scale).detach()
-    near = attend(own_q, own_k, own_v, kvc_mix.local, scale)
-    return torch.cat([teacher, _added(z, far, near)]).transpose(1, 2), None
+    if kvc_mix.lesson is not None:
+        out = attend(query, key, value, None, scale)
+        kvc_mix.lesson.append(out if kvc_mix.full is None else attend(query, key, value, kvc_mix.full, scale))
+        return out.transpose(1, 2), None
+    far = attend(query, key, value, kvc_mix.full, scale) if kvc_mix.taught is None else kvc_mix.taught
+    near = attend(query, key, value, kvc_mix.local, scale)
+    return _added(kvc_mix.z, far, near).transpose(1, 2), None
 
 
 AttentionInterface.register(_ATTENTION, _attention)

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import ClassPlan
@@ -23,10 +21,9 @@ from kvcompile.learning.masks import HeadScores, provenance
 from kvcompile.passes.facts import model_facts
 from kvcompile.passes.learning import LearnPlan
 from kvcompile.passes.sites import AttentionSite, find_sites
-from kvcompile.probe import KINDS, WIDE, attending_by, positions_of, random_tokens, run_probes, untouched
+from kvcompile.probe import KINDS, WIDE, observe, positions_of, random_tokens, run_probes
 
 TOKENS, FORWARDS = 4096, 4
-_ATTENTION = "kvcompile_quick"
 
 
 def quick_scores(
@@ -61,10 +58,7 @@ def quick_scores(
         check_readable(learn_plan.plan, cls)
     texts = _drawn(model, tokens, forwards, seed) if ids is None else _given(model, ids)
     record = _Record(learn_plan, {site.index: _projection(site) for site in sites})
-    device = model.get_input_embeddings().weight.device
-    with attending_by(model, _ATTENTION), torch.no_grad():
-        for row in texts:
-            untouched(model)(input_ids=row[None].to(device), use_cache=False, logits_to_keep=1, kvc_quick=record)
+    observe(model, texts, record)
     missing = [site.name for site in sites if site.index not in record.squares]
     if missing:
         raise KvCompileError(f"{missing[0]} could not be measured: its attention does not go through transformers' own")
@@ -105,7 +99,9 @@ def _drawn(model: Any, tokens: int | None, forwards: int, seed: int) -> Tensor:
         raise KvCompileError(
             f"{forwards} texts of {length} tokens say nothing: give one text or more, of two tokens or more"
         )
-    halves = [random_tokens(model, length - length // 2, seed=seed * forwards + n) for n in range(forwards)]
+    halves = [
+        random_tokens(model, length - length // 2, seed=(seed * forwards + n) % (1 << 63)) for n in range(forwards)
+    ]
     return torch.stack([torch.cat([half, half])[:length] for half in halves])
 
 
@@ -143,7 +139,7 @@ class _Record:
     _last: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def note(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        """q [1, q_heads, n, D], k, v [1, kv_heads, n, D] of one layer."""
+        """As of `probe.Observer`."""
         kv_heads, n = k.shape[1:3]
         asked = q[0].unflatten(0, (kv_heads, -1))
         full, local = (self._readers(cls, layer, n).to(q.device) for cls in (self.plan.full, self.plan.local))
@@ -190,25 +186,3 @@ def _added(project: nn.Module, heads: Tensor) -> Tensor:
     alone[each, :, each] = heads.transpose(1, 2)
     nothing = heads.new_zeros(1, 1, kv_heads * group * channels)  # a bias is no head's
     return (project(alone.flatten(2)) - project(nothing)).float()
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    kvc_quick: _Record | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention over one text without padding, measured in passing. Returns [1, n, q_heads, head_dim]."""
-    if kvc_quick is None:
-        raise KvCompileError("this attention stands in a model only while its heads are measured")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kvc_quick.note(int(module.layer_idx), query, key, value, scale)  # type: ignore[arg-type]
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(_ATTENTION, _attention)

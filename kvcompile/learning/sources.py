@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
 from itertools import count as counted
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,22 @@ class Reader:
     @property
     def opening(self) -> list[int]:
         """The token that the tokenizer begins a text with, if it has one."""
-        begin = getattr(self._needed, "bos_token_id", None)
-        first = list(self._needed("").input_ids)[:1]
+        begin = getattr(self.words, "bos_token_id", None)
+        first = list(self.words("").input_ids)[:1]
         return first if first and first[0] == begin else []
 
     @property
-    def _needed(self) -> Any:
+    def words(self) -> Any:
         if self.tokenizer is None:
-            raise KvCompileError("text needs the model's tokenizer: give tokenizer=AutoTokenizer.from_pretrained(...)")
+            raise KvCompileError(
+                "text needs the model's tokenizer: save it into the model's folder, or give "
+                "tokenizer=AutoTokenizer.from_pretrained(...)"
+            )
         return self.tokenizer
 
     def encode(self, text: str, where: str) -> list[int]:
         """Token ids of a text by itself, without what the tokenizer puts around texts."""
-        ids = list(self._needed(text, add_special_tokens=False, verbose=False).input_ids)
+        ids = list(self.words(text, add_special_tokens=False, verbose=False).input_ids)
         check_ids(torch.tensor(ids, dtype=torch.int64), where, self.vocabulary)
         return ids
 
@@ -83,7 +87,9 @@ class Reader:
     def answered(self, prompt: str, turns: Iterable[tuple[str, str]], where: str) -> Row:
         """A prompt and its later turns (ask, answer); the answers' tokens alone are predicted and compared.
 
-        Each piece is tokenized by itself, as in a run, where the answer is written after the prompt is read.
+        Each piece is tokenized by itself, as in a run, where the answer is written after the prompt is read. Compared
+        are the states that predict an answer's tokens. DuoAttention compares those at the tokens of questions and
+        answers, 32 words each; of an answer of one word, its own state says nothing of how it was found.
         """
         ids, asked = self.opening + self.encode(prompt, where), False
         targets = [NO_LABEL] * len(ids)
@@ -131,13 +137,15 @@ def _suite_rows(name: str, reader: Reader, count: int, seed: int) -> Iterator[Ro
     room = reader.positions - max(SMALL, reader.positions // 8) if reader.positions else DEFAULT_LENGTH
     length = reader.length or max(1, min(DEFAULT_LENGTH, room))
     # A stream of its own: training on the very samples that an evaluation with the same seed asks would flatter it.
-    samples = suite(name).samples(count, length, number("suite", seed) % (1 << 31), reader.tokenizer)
+    samples = suite(name).samples(count, length, number("suite", seed) % (1 << 31), reader.words)
     for n, sample in enumerate(samples, 1):
         yield reader.answered(sample.prompt, [(t.ask, t.answer) for t in sample.turns], f"{SUITE}{name}, sample {n}")
 
 
 def _files(path: Path) -> list[Path]:
     """The file itself, or the texts and lines of JSON that lie directly in a folder, by name."""
+    if not path.exists():
+        raise KvCompileError(f"{path}: no such file or folder; give one, or `suite:NAME`")
     if not path.is_dir():
         if path.suffix not in (".txt", ".jsonl"):
             raise KvCompileError(f"{path}: the name ends neither in .txt nor in .jsonl; give such a file, a folder of "
@@ -152,15 +160,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _file_rows(path: Path, reader: Reader) -> Iterator[Row]:
-    if path.stat().st_size > MAX_FILE:
-        raise KvCompileError(f"{path}: larger than {MAX_FILE} bytes; cut it into several files in a folder")
     if path.suffix == ".txt":
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise KvCompileError(f"{path}: not UTF-8 text (byte {error.start})") from error
-        yield from reader.windows(text, str(path))
+        yield from reader.windows(_whole(path), str(path))
         return
+    _check_size(path, path.stat().st_size)
     with path.open("rb") as stream:
         for line_number in counted(1):
             line = stream.readline(MAX_LINE + 1)
@@ -170,6 +173,22 @@ def _file_rows(path: Path, reader: Reader) -> Iterator[Row]:
                 raise KvCompileError(f"{path}:{line_number}: the line is longer than {MAX_LINE} bytes")
             if line.strip():
                 yield from _json_rows(line, f"{path}:{line_number}", reader)
+
+
+def _whole(path: Path) -> str:
+    """All of a text. What is read is counted, because devices and pipes tell no size."""
+    with path.open("rb") as stream:
+        data = stream.read(MAX_FILE + 1)
+    _check_size(path, len(data))
+    try:
+        return TextIOWrapper(BytesIO(data), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise KvCompileError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MAX_FILE:
+        raise KvCompileError(f"{path}: larger than {MAX_FILE} bytes; cut it into several files in a folder")
 
 
 def _json_rows(line: bytes, where: str, reader: Reader) -> Iterator[Row]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.learning.checkpoints import Files, State, read_files, save_state, state_of
+from kvcompile.learning.checkpoints import Files, State, prepared, read_files, save_state, state_of
 from kvcompile.learning.data import Batch, Data, number
 from kvcompile.learning.gates import Gates, gates_of
 from kvcompile.learning.mixing import Mix, mixed
@@ -67,6 +67,8 @@ def train(
     trainer.restore()
     if trainer.done == run.steps:
         return trainer.gates, trainer.history
+    if group.first and run.checkpoint is not None:
+        prepared(run.checkpoint)
     runner, sites = model, find_sites(model)
     if group.size > 1:
         runner = sharded(model, [site.name for site in sites], group)

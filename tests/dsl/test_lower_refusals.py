@@ -28,6 +28,7 @@ def lowered(policy: str) -> None:
         (["keep recent(4) else merge into nearest by cos(k) weight age", "at step"], "K908", "age"),
         (["keep recent(4) else merge into nearest by cos(k) when len > 4", "at step"], "K905", "len"),
         (["keep recent(4) else merge into nearest by cos(k) when ema(sim, 0.5) > 0", "at step"], "K908", "sim"),
+        (["keep recent(4) else merge into nearest by cos(k) when mean[h] sim > 0", "at step"], "K908", "mean[h] sim"),
         (["keep recent(4) else fold mean weight sim", "at step"], "K908", "fold mean weight sim"),
         (["keep recent(4) else fold dct(0%)", "at step"], "K210", "0%"),
         (["keep pow2 page", "unit page(16)", "at step"], "K902", "pow2 page"),

@@ -66,7 +66,7 @@ def test_suites_between_commas_keep_their_options(tmp_path, monkeypatch):
         (("streaming", *SMALL, "--budgets", "30"), 2, "did you mean 30%"),
         (("streaming", *SMALL, "--budgets", "0"), 2, "outside of"),
         (("streaming", *SMALL, "--budgets", "10%,10%"), 2, "names one twice"),
-        (("streaming", *SMALL, "--threshold", "120%"), 2, "outside of"),
+        (("streaming", *SMALL, "--threshold", "120%"), 2, "part of full attention's score 120% is outside of"),
         (("streaming", *SMALL, "--seeds", "a"), 2, "is no whole number"),
         (("streaming", *SMALL, "--plot"), 2, "--plot needs --out DIR"),
         (("streaming", *SMALL, "--set", "widow=4"), 1, "no policy here has a parameter or a table `widow`"),
@@ -83,7 +83,7 @@ def test_mistakes(capsys, arguments, code, said):
     assert found == code, err
     assert said in " ".join(err.replace("│", " ").split())
     if arguments[0] == "snapkv":
-        assert "skipped" in out and "this count is -52" in out
+        assert "skipped: snapkv at budget 0.1: " in out and "this count is -52" in out
 
 
 def test_where_results_cannot_go(capsys, tmp_path):
@@ -91,6 +91,8 @@ def test_where_results_cannot_go(capsys, tmp_path):
     file.write_text("")
     code, _, err = run(capsys, "streaming", *SMALL, "--out", file)
     assert code == 1 and "is a file; name a folder" in err
+    code, _, err = run(capsys, "streaming", *SMALL, "--out", "/proc")  # no user can write there
+    assert code == 1 and "--out /proc: cannot write there" in err
     code, _, err = run(capsys, "streaming", *SMALL, "--out", file / "below")
     assert code == 1 and str(file) in err
 
@@ -98,6 +100,9 @@ def test_where_results_cannot_go(capsys, tmp_path):
 def test_a_folder_without_a_tokenizer(capsys, tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(FOLDER / name, tmp_path)
+    code, _, err = run(capsys, "streaming", "--model", tmp_path, *SMALL[2:])
+    assert code == 1 and f"{tmp_path}: has no tokenizer; save the model's own into it" in err
+    (tmp_path / "tokenizer.json").write_text("{")
     code, _, err = run(capsys, "streaming", "--model", tmp_path, *SMALL[2:])
     assert code == 1 and "cannot load the tokenizer" in err
 

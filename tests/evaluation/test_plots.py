@@ -64,6 +64,40 @@ def test_lines_axes_and_marks(evaluation, tmp_path, monkeypatch):
     assert [list(ring.get_xdata()) for ring in rings] == [pytest.approx([0.8])]  # both seeds reach 90 % there only
 
 
+def test_each_seed_may_have_tables_and_so_a_plan_of_its_own(evaluation, tmp_path, monkeypatch):
+    """One point per budget, and one row of text, whatever the plans' digests."""
+    pytest.importorskip("matplotlib")
+    from kvcompile.evaluation import plots
+
+    apart = replace(evaluation, cells=tuple(replace(c, digest=c.digest + str(c.seed)) for c in evaluation.cells))
+    mine = [c for c in apart.cells if c.label == "duo & co" and c.length == 128]
+    points = plots._points(mine, "footprint")
+    assert [point[:2] for point in points] == [pytest.approx(xy) for xy in ((0.3, 0.5), (0.5, 0.7), (0.8, 1.0))]
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    plots.accuracy(apart, "recall", 128, "footprint", tmp_path / "x.png")
+    assert {len(line.get_xdata()) for line in drawn[0].axes[0].lines if line.get_label() == "duo & co"} == {3}
+
+
+def test_no_ring_where_a_seed_has_no_critical_footprint(evaluation, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from kvcompile.evaluation import plots
+
+    worse = tuple(replace(c, score=c.score / 2) if c.seed == 1 and c.budget else c for c in evaluation.cells)
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    plots.accuracy(replace(evaluation, cells=worse), "recall", 128, "footprint", tmp_path / "x.png")
+    assert not [line for line in drawn[0].axes[0].lines if line.get_markersize() == 12]
+
+
+def test_names_of_files_stay_apart():
+    from kvcompile.evaluation.plots import LETTERS, slug
+
+    long = "a method of a long name on a suite of " + "a" * 60
+    assert slug("duo & co") == "duo_co" and slug("!") == "x"
+    assert slug(long + " b") != slug(long + " c") and len(slug(long)) == LETTERS
+
+
 def test_styles_stay_apart_in_grey():
     from kvcompile.evaluation.plots import COLOURS, DASHES, MARKERS
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvcompile.dsl import PolicyError
 from kvcompile.evaluation import running
 from kvcompile.evaluation.answering import answer
 from kvcompile.evaluation.budgets import Unfit
@@ -147,6 +148,19 @@ def test_what_cannot_run_at_a_budget_is_skipped_with_its_reason(tmp_path):
     assert [c.status for c in cells] == [SKIPPED, SKIPPED, "done"]
     assert "this count is -52" in cells[0].reason and "no window beside n_sink" in cells[1].reason
     assert cells[0].score is None and not cells[0].done
+
+
+def test_a_table_that_no_budget_mends_ends_the_sweep_before_it_begins(counted, tmp_path):
+    other = tmp_path / "of_another_model.tsv"
+    other.write_text("0.1 0.2\n0.3 0.4\n")
+    for budget in (None, 0.3):
+        with pytest.raises(PolicyError, match=f"{other}:1:1: error.K612.*\\n.*\\n.*\\n.*3 lines of 4 numbers"):
+            swept([CASES[0], replace(CASES[3], tables={"retrieval": other}, budget=budget)])
+        with pytest.raises((PolicyError, Unfit), match="--table retrieval="):
+            swept([CASES[0], replace(CASES[3], tables={}, budget=budget)])
+        with pytest.raises(PolicyError, match="no such table"):
+            swept([CASES[0], replace(CASES[3], tables={"retrieval": tmp_path / "none.tsv"}, budget=budget)])
+    assert not counted
 
 
 def test_mistakes_end_the_sweep_before_it_begins(counted):

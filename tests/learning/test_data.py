@@ -217,10 +217,13 @@ def test_no_usable_sample_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(KvCompileError, match=r"ends neither in \.txt nor in \.jsonl"):
+    with pytest.raises(KvCompileError, match=r"data\.bin: no such file or folder"):
         read(tmp_path / "data.bin")
     with pytest.raises(KvCompileError, match="holds neither"):
         read(tmp_path)
+    (tmp_path / "data.bin").touch()
+    with pytest.raises(KvCompileError, match=r"ends neither in \.txt nor in \.jsonl"):
+        read(tmp_path / "data.bin")
     with pytest.raises(KvCompileError, match="data is a int"):
         read(3)
     with pytest.raises(KvCompileError, match="sequence 1: is a str"):
@@ -259,6 +262,9 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sources, "MAX_FILE", 30)
     with pytest.raises(KvCompileError, match="larger than 30 bytes"):
         read(path)
+    (tmp_path / "zeros.txt").symlink_to("/dev/zero")  # its size is 0, and it never ends
+    with pytest.raises(KvCompileError, match=r"zeros.txt: larger than 30 bytes"):
+        read(tmp_path / "zeros.txt")
     monkeypatch.setattr(data, "MAX_TOKENS", 5)
     with pytest.raises(KvCompileError, match="more than 5 tokens"):
         read([Sequence([3, 4, 5]), Sequence([3, 4, 5])])

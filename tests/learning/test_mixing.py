@@ -149,6 +149,27 @@ def test_two_ways_mix_the_teachers_attention_into_the_student() -> None:
     assert bool((z.grad != 0).all())
 
 
+def test_nothing_of_a_teacher_is_kept_for_the_backward_pass() -> None:
+    """One way keeps the queries, keys and values of both attentions; two ways only those of the local one."""
+    model, ids, kept = random_model(), rows(1, 64), {}
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    for gate in ("hard_concrete", "clamp01"):
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            mixed(model, find_sites(model), learn_plan(model, gate)) as mix,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            mix(ids, gates(model, grad=True))
+        kept[gate] = sum(size for place, size in saved.items() if place not in weights)
+    assert 0 < kept["clamp01"] < kept["hard_concrete"]
+
+
 def test_the_gradient_of_gates_is_that_of_finite_differences() -> None:
     model, ids = random_model(), rows(1, 20)
     plan, z = learn_plan(model), gates(model)
@@ -187,8 +208,8 @@ def test_padding_on_the_right_changes_nothing_before_it(gate: str) -> None:
     assert torch.allclose(both[1:, :18], alone, atol=1e-5) and bool(both.isfinite().all())
 
 
-@pytest.mark.parametrize("gate", ["hard_concrete", "clamp01"])
-def test_gradient_checkpointing_gives_the_same_gradients(gate: str) -> None:
+@pytest.mark.parametrize(("gate", "expected"), [("hard_concrete", [3, 6]), ("clamp01", [6, 9])])
+def test_gradient_checkpointing_gives_the_same_gradients(gate: str, expected: list[int]) -> None:
     model, ids, found = random_model(), rows(2, LENGTH), []
     runs = count_runs(model)
     for again in (False, True):
@@ -200,7 +221,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(gate: str) -> None:
             mix(ids, z).student.square().sum().backward()
         found.append((z.grad, len(runs)))
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-4) and bool((found[0][0] != 0).all())
-    assert [n for _, n in found] == [3, 6]  # the second time every layer runs again in the backward pass
+    # The second time every layer of the student runs again in the backward pass, those of a teacher never.
+    assert [n for _, n in found] == expected
 
 
 def count_runs(model: object) -> list[int]:

@@ -124,6 +124,7 @@ def test_random_texts_are_told_twice_and_follow_from_the_seed(monkeypatch: pytes
     assert len(set(drawn[0, :25].tolist())) == 25 and not {0, 1} & set(drawn.flatten().tolist())
     assert not torch.equal(drawn[0], drawn[1])
     assert quick._drawn(model, 31, 1, 0).shape == (1, 31)
+    assert quick._drawn(model, 31, 1, 10**30).shape == (1, 31)  # a seed that no generator takes as it is
     plan = learn_plan(model)
     first, again, other = (quick_scores(model, plan, tokens=30, forwards=2, seed=seed) for seed in (0, 0, 1))
     assert first == again and first.values != other.values

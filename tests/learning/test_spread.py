@@ -60,7 +60,7 @@ def outcome(model: Any, run: dict[str, Any], folder: str | None = None) -> dict[
     return {"scores": table(done).tolist(), "history": list(done.history)}
 
 
-def together(commands: list[list[str]], timeout: int = 100) -> list[subprocess.CompletedProcess[str]]:
+def together(commands: list[list[str]], timeout: int = 300) -> list[subprocess.CompletedProcess[str]]:
     """Run processes as ranks of one group, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

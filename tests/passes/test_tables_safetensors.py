@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from safetensors.numpy import save
 
 from kvcompile.dsl import PolicyError
+from kvcompile.dsl.diagnostics import outside
 from kvcompile.kernels.plan import ModelFacts
 from kvcompile.passes import compile_policy, tables
-from kvcompile.passes.tables import read_provenance, read_scores
+from kvcompile.passes.masks import read_masks
 
 FACTS = ModelFacts(2, 8, 4, 64)
 SCORES = np.array([[0.5, 3.0, 3.0, -1.0], [3.0, 0.25, 0.0, 9.0]], np.float32)
@@ -58,6 +60,15 @@ def test_with_a_threshold_the_scores_are_ranked_and_ties_go_to_the_lower_layer_t
     assert chosen(path, "50%") == {(0, 1), (0, 2), (1, 0), (1, 3)}
     whole = written(tmp_path, scores=np.array([[1, 0, 1, 1], [1, 1, 1, 1]], np.float32))
     assert chosen(whole, "50%") == {(0, 0), (0, 2), (0, 3), (1, 0)}  # gates that ended at 0 and 1 are ranked too
+
+
+def test_a_mask_that_a_threshold_passes_over_is_told_of(tmp_path: Path) -> None:
+    path = written(tmp_path, scores=SCORES, mask=MASK)
+    span = outside("p.kvp")
+    assert tables.heads_of_file(path, FACTS, Fraction(1, 4), span)[1] == []  # the same two
+    _, (warning,) = tables.heads_of_file(path, FACTS, Fraction(1, 2), span)
+    assert (warning.code, warning.severity) == ("K614", "warning")
+    assert "marks 2 heads, and `top` takes 4 by their scores" in warning.message
 
 
 def test_scores_alone_need_a_threshold(tmp_path: Path) -> None:
@@ -130,16 +141,17 @@ def test_bytes_that_are_no_safetensors_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_scores_and_where_they_come_from_are_read_without_a_model(tmp_path: Path) -> None:
     path = written(tmp_path, scores=SCORES, mask=MASK)
-    assert read_scores(path) == tuple(map(tuple, SCORES.tolist()))
-    assert read_provenance(path) == TOLD
+    found = read_masks(path, path.read_bytes())
+    assert (found.scores, found.provenance) == (tuple(map(tuple, SCORES.tolist())), TOLD)
     text = tmp_path / "heads.tsv"
     text.write_text("0.5 1\n2 3\n1 1\n")
-    assert read_scores(text) == ((0.5, 1.0), (2.0, 3.0), (1.0, 1.0)) and read_provenance(text) == {}
+    assert tables.read_table(text) == ((0.5, 1.0), (2.0, 3.0), (1.0, 1.0))
     text.write_text("0.5 1\n2\n")
     with pytest.raises(PolicyError, match=r"K612.*line 2 holds 1 numbers"):
-        read_scores(text)
+        tables.read_table(text)
+    written(tmp_path, scores=SCORES, mask=MASK[:1])
     with pytest.raises(PolicyError, match=r"K612.*shapes \[2, 4\] and \[1, 4\]"):
-        read_scores(written(tmp_path, scores=SCORES, mask=MASK[:1]))
+        read_masks(path, path.read_bytes())
 
 
 def test_reading_masks_needs_no_torch(tmp_path: Path) -> None:
