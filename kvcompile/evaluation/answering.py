@@ -72,7 +72,8 @@ def answer(
 ) -> Outcome:
     """Run `samples` in batches of `batch` prompts, all turns of each; `tick` is told how many are done.
 
-    fed: tokens of a prompt in one forward, counted from its first; None: all of them.
+    fed: tokens of a prompt in one forward, counted from its first; None: all of them. A last piece of one token is a
+    step, as it is wherever a policy runs.
 
     Raises KvCompileError where there is nothing to ask, or a sample is longer than the model's positions.
     """
@@ -83,7 +84,7 @@ def answer(
     prompts = [tokenizer(sample.prompt)["input_ids"] for sample in samples]
     asked = [[_asked(tokenizer, suite, turn) for turn in sample.turns] for sample in samples]
     _check_lengths(model, suite, prompts, asked)
-    stops = _stops(model, tokenizer)
+    stops = stop_tokens(model, tokenizer)
     said: list[list[_Said]] = []
     figures: list[tuple[int, dict[str, Any]]] = []
     start = time.perf_counter()
@@ -268,7 +269,8 @@ def _check_lengths(model: Any, suite: Suite, prompts: list[list[int]], asked: li
             )
 
 
-def _stops(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, and what the model's generation settings name."""
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(given if isinstance(given, list | tuple) else (given,))}
     return frozenset(token for token in found if token is not None)

@@ -107,8 +107,10 @@ def parameters_for(
     """The parameters, and the table, with which a policy keeps the part `keep` of a prompt of `length` tokens.
 
     By name, the first that fits: a head class by table keeps the part of the heads; `ratio`; `budget`; `heavy` and
-    `local`, half each; `window`, with `n_sink` within it. Counts are truncated. `folder` takes the 0/1 table of a
-    ranked one. Raises Unfit where no rule fits, PolicyError where the policy itself is wrong.
+    `local`, half each; `window`, with `n_sink` within it. Counts are truncated. What a policy
+    keeps besides is its own: windows of other heads, exempt layers, units not yet judged (lagkv), entries until the
+    next decision (lazy); whole units may fall short. `Cell.kept` says what it came to. `folder` takes the 0/1 table of
+    a ranked one. Raises Unfit where no rule fits, PolicyError where the policy itself is wrong.
     """
     loaded = load(policy)
     given = dict(params or {})

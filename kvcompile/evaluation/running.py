@@ -54,7 +54,7 @@ class Runner:
 
     def __init__(self, model: Any, tokenizer: Any, how: How) -> None:
         self.model, self.tokenizer, self.how = model, tokenizer, how
-        self.digest: str | None = None
+        self.now: tuple[Any, ...] | None = None  # what the model is optimised for
 
     def run(self, task: Task, tick: Callable[[int], None] | None = None) -> Cell:
         """The cell with its result, or skipped with what was said against it."""
@@ -71,15 +71,16 @@ class Runner:
         return cell
 
     def _optimize(self, task: Task) -> None:
-        if self.digest == task.cell.digest:
-            return
-        self.digest = None
         fit, case = task.fitted, task.case
+        wanted = task.cell.digest, case.policy, fit.tables  # a plan says of trained scores their names only
+        if self.now == wanted:
+            return
+        self.now = None
         optimize(
             self.model, case.policy, name=case.name, tables=dict(fit.tables), backend=self.how.backend,
             compile=self.how.compile, **fit.params,
         )  # fmt: skip
-        self.digest = task.cell.digest
+        self.now = wanted
 
     def close(self) -> None:
         """Leave the model as it was."""

@@ -18,6 +18,7 @@ from typing import Any
 from kvcompile.dsl.diagnostics import PolicyError
 from kvcompile.dsl.printer import canonical
 from kvcompile.evaluation import fingerprint
+from kvcompile.evaluation.answering import stop_tokens
 from kvcompile.evaluation.budgets import Case, Fitted, Unfit, fitted
 from kvcompile.evaluation.cells import SKIPPED, Cell, empty, load_cell, renamed
 from kvcompile.evaluation.running import How, Task, progress_bar, results
@@ -90,6 +91,9 @@ def _plan(
         "compile": how.compile,
         "versions": fingerprint.versions(),
     }
+    # Neither the weights nor the words say where the model's generation settings let an answer end.
+    if stops := sorted(stop_tokens(model, tokenizer) - {tokenizer.eos_token_id}):
+        world["stops"] = stops
     asked = [
         (suite, length, seed, samples, fingerprint.samples_digest(samples))
         for suite in suites

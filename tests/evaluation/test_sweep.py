@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kvcompile.dsl import PolicyError
 from kvcompile.evaluation import running
@@ -14,6 +16,7 @@ from kvcompile.evaluation.samples import suite
 from kvcompile.evaluation.sweep import Case, sweep
 from kvcompile.kernels.errors import KvCompileError
 from tests.evaluation.shipped import FOLDER, Ragged, shipped
+from tests.oracle_states import trained_heads
 
 CASES = (
     Case("full", "keep_all"),
@@ -100,6 +103,32 @@ def test_other_weights_are_another_cell(tmp_path, counted):
     finally:
         weight[0] -= 1
     assert len(counted) == 2
+
+
+def test_where_answers_end_is_part_of_the_key(tmp_path, counted, monkeypatch):
+    model, tokenizer = shipped()
+    (first,) = swept(CASES[:1], out=tmp_path, seeds=(0,))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokenizer.eos_token_id)
+    assert swept(CASES[:1], out=tmp_path, seeds=(0,)) == (first,)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [7, 8])
+    (other,) = swept(CASES[:1], out=tmp_path, seeds=(0,))
+    assert len(counted) == 2 and other.key != first.key
+
+
+def test_cases_that_differ_in_trained_scores_only(tmp_path):
+    """Their plans are the same: the second must not run with the scores of the first."""
+    cases = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        scores = {name: torch.randn_like(value) for name, value in trained_heads(3, 4, 2, 32).items()}
+        save_file(scores, tmp_path / f"{seed}.safetensors")
+        given = {"budget": 24, "stabilizers": 4, "c": 32}
+        cases.append(Case(f"locret {seed}", "locret", given, {"cis": tmp_path / f"{seed}.safetensors"}))
+    both = swept(cases, seeds=(0,), count=4)
+    alone = [swept([case], seeds=(0,), count=4)[0] for case in cases]
+    assert both[0].digest == both[1].digest and both[0].key != both[1].key
+    assert [c.samples for c in both] == [c.samples for c in alone]
+    assert both[0].samples != both[1].samples
 
 
 @pytest.mark.parametrize("damage", ["{", "", "[]", '{"format": 1}', "another", "none", "deep"])
