@@ -62,17 +62,22 @@ def attention(
         raise KvCompileError(
             "an optimised model's layers run only inside the model's own forward: call the model itself"
         )
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise KvCompileError(f"{type(module).__name__} asks for {name}, which is not supported yet")
-    if attention_mask is not None:
-        raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")
+    refuse_variants(module, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site)
     return out, None
 
 
 AttentionInterface.register(ATTENTION, attention)
+
+
+def refuse_variants(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """KvCompileError where a layer asks its attention for what no policy is carried out under yet."""
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise KvCompileError(f"{type(module).__name__} asks for {name}, which is not supported yet")
+    if attention_mask is not None:
+        raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")
 
 
 @dataclass(frozen=True)

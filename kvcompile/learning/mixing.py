@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from kvcompile.compiled import LayerForward, mark_lengths, shared_callable
+from kvcompile.compiled import LayerForward, mark_lengths, refuse_variants, shared_callable
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import ClassPlan
 from kvcompile.kernels.readable import Reads, by_place, check_readable, last_readers, reads
@@ -231,11 +231,7 @@ def _attention(
     """transformers' attention interface. Returns [batch, n, q_heads, head_dim]."""
     if kvc_mix is None:
         raise KvCompileError("this attention stands in a model only while its head classes are learned")
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise KvCompileError(f"{type(module).__name__} asks for {name}, which is not supported yet")
-    if attention_mask is not None:
-        raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")
+    refuse_variants(module, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kvc_mix.lesson is not None:
         out = attend(query, key, value, None, scale)
