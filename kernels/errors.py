@@ -8,3 +8,9 @@ class KvCompileError(Exception):
 
     A mistake in a policy is a `PolicyError` instead, which has a place in the policy's text.
     """
+
+
+NO_TRITON = (
+    "Triton is not installed, so no kernel can be run on a GPU or compiled for one: `pip install triton`; "
+    "backends cpu and reference need none"
+)

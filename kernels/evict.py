@@ -63,13 +63,15 @@ def in_place(plan: PolicyPlan, cls: int) -> bool:
 
 
 def evict_prefill(
-    plan: PolicyPlan, cls: int, site: Site, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float
-) -> None:
+    plan: PolicyPlan, cls: int, site: Site, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float,
+    means: Means | None = None,
+) -> None:  # fmt: skip
     """End of a piece, one class of one layer: judge resident and fresh entries together, append the survivors.
 
     Sequences whose trigger does not fire in this piece just append. Shapes as in `insert`; q [B, q_heads, m, head_dim].
     Rows that are judged in place have their entries appended first, by the class that comes first among those of
-    the same rows; of a class that spans layers only the scores are taken, `span.evict_span` decides.
+    the same rows; of a class that spans layers only the scores are taken, `span.evict_span` decides. A backend may
+    bring its own `means`.
     """
     facts, part = plan.facts, plan.classes[cls]
     heads = list(plan.heads(int(site.layer), cls))
@@ -88,7 +90,7 @@ def evict_prefill(
             elif fires:
                 rows, order, _ = gather_rows(plan, site, sequences, heads, needs_keys(plan, part), scale, fresh)
                 rows = with_queries(plan, site, sequences, heads, rows, query_sources(part), fresh)
-                keep, won = decide(plan, cls, site, sequences, heads, rows, order, Plainly())
+                keep, won = decide(plan, cls, site, sequences, heads, rows, order, means or Plainly())
                 apply_fresh(plan, site, sequences, heads, keep, won, part, fresh)
 
 

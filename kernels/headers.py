@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvcompile.kernels.gpus import GPUS, Gpu
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.kernels.render import Header
+from kvcompile.kernels.render import Header, Target
 from kvcompile.kernels.roofline import Traffic
 from kvcompile.kernels.spec import KernelSpec
 
@@ -27,10 +27,12 @@ class Sizes:
     gpu: Gpu = GPUS["H200"]
 
 
-def header_for(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes = Sizes()) -> Header:
+def header_for(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes = Sizes(), target: Target = "triton") -> Header:
     """The header of one kernel of a plan."""
     facts = plan.facts
     shapes, traffic = _ABOUT[spec.template](plan, spec, sizes)
+    if spec.template in _POOLED:
+        shapes += _extents(plan) if target == "cpp" else _pools(plan)
     given = ", ".join(f"{name}={value}" for name, value in plan.params)
     return Header(
         policy=f"{plan.name}({given})" if given else plan.name,
@@ -63,6 +65,14 @@ def _pools(plan: PolicyPlan) -> Shapes:
     )
 
 
+def _extents(plan: PolicyPlan) -> Shapes:
+    facts = plan.facts
+    return (
+        ("k, v", f"[slots, {facts.head_dim}] {facts.dtype}, a pool for each layer"),
+        ("table", "[rows, 2] int64, first slot and room of row = sequence * Hkv + head; its entries lie side by side"),
+    )
+
+
 def _decode(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
     facts, entries = plan.facts, _entries(plan, sizes)
     parts = [("keys and values", entries * facts.entry_bytes)]
@@ -72,14 +82,28 @@ def _decode(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, T
     if grown:
         parts.append(("states in and out", 8 * grown * entries))
     query = ("q, out", f"[B, {facts.q_heads}, {facts.head_dim}]")
-    return (query, *_pools(plan)), Traffic(tuple(parts), launches=2)
+    return (query,), Traffic(tuple(parts), 2, operations=4 * entries * facts.group * facts.head_dim)
+
+
+def _prefill(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    """Of a prompt read as one piece by dense heads; a past or local heads add or take their share of both."""
+    facts, tokens = plan.facts, sizes.batch * sizes.tokens
+    lines = 2 * tokens * facts.q_heads * facts.head_dim * facts.entry_bytes // (2 * facts.head_dim)
+    parts = (("queries and outputs", lines), ("keys and values", _entries(plan, sizes) * facts.entry_bytes))
+    pairs = facts.q_heads * tokens * (sizes.tokens + 1) // 2
+    shapes = (
+        ("q, out", f"[B, {facts.q_heads}, M, {facts.head_dim}], [B, M, {facts.q_heads}, {facts.head_dim}]"),
+        ("k_new, v_new", f"[B, {facts.kv_heads}, M, {facts.head_dim}], the piece; M tokens of all sequences, padded"),
+        ("first, window", "[B * Hkv] int32, which entries each row's queries read"),
+    )
+    return shapes, Traffic(parts, operations=4 * pairs * facts.head_dim)
 
 
 def _evict(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
     rows = sizes.batch * sum(len(heads) for heads in plan.class_of)
     judged = ("positions, scores and keys of the judged", rows * sizes.tokens * (4 + 4 + 4 + 4))
     moved = ("one entry moved a row", rows * 2 * plan.facts.entry_bytes)
-    return _pools(plan), Traffic((judged, moved))
+    return (), Traffic((judged, moved))
 
 
 def _select(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
@@ -91,7 +115,7 @@ def _pack(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Tra
     survivors = _entries(plan, sizes) * 2 // 5
     parts = (("two fifths of the entries, in and out", 2 * survivors * plan.facts.entry_bytes),)
     shape = ("k_in, v_in", f"[B, {plan.facts.kv_heads}, N, {plan.facts.head_dim}]")
-    return (shape, *_pools(plan)), Traffic(parts, launches=2)
+    return (shape,), Traffic(parts, launches=2)
 
 
 def _columns(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
@@ -120,8 +144,10 @@ def _pool(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Tra
     return shapes, Traffic((("scores, order, answer", _entries(plan, sizes) * (4 + 4 + 4)),))
 
 
+_POOLED = ("decode", "prefill", "evict", "pack")
 _ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffic]]] = {
     "decode": _decode,
+    "prefill": _prefill,
     "evict": _evict,
     "select": _select,
     "pack": _pack,

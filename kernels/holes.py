@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvcompile.kernels.plan import Expr, PolicyPlan, Region
 from kvcompile.kernels.printers import TRITON, Axis, Dialect, Printer, Value
+from kvcompile.kernels.printers_cpp import CPP, CppPrinter
 from kvcompile.kernels.stages import Unprintable, reduction
 
 
@@ -56,7 +57,8 @@ def print_hole(
         uses.add(text)
         return Value(text, (leaf_axes or {}).get(text, "i"))
 
-    printer = Printer(layout, leaf, axes or {}, dialect, prefix=f"{name}_" if name[:1].isalpha() else "t")
+    kind = CppPrinter if dialect is CPP else Printer
+    printer = kind(layout, leaf, axes or {}, dialect, prefix=f"{name}_" if name[:1].isalpha() else "t")
     result = printer.number(formula).text
     return Hole(name, tuple(printer.lines), f"-{result}" if negate else result, frozenset(uses), index, spell(formula))
 
@@ -160,6 +162,6 @@ def row_hole(formula: Expr, dialect: Dialect = TRITON, negate: bool = False) -> 
 
 def init_hole(name: str, formula: Expr, dialect: Dialect = TRITON) -> Hole:
     """A new entry's state: it may read its own position, which is `now`."""
-    own = "at_now.to(tl.float32)" if dialect is TRITON else "now[b].float()"
+    own = "float(at_now)" if dialect is CPP else "at_now.to(tl.float32)" if dialect is TRITON else "now[b].float()"
     leaves = {("scalar", "now"): own, ("field", "pos"): own}
     return print_hole(f"init_{name}", formula, leaves, layout="", leaf_axes={own: ""}, dialect=dialect)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kvcompile.kernels.extent import extent
 
+LONG = 256  # entries a row from which copying row by row costs less than finding the slot of every entry
+
 
 class Clock:
     """Columns of `Site.clock`, one line per sequence, all known on the host before the forward."""
@@ -114,8 +116,8 @@ def make_room(site: Site, totals: dict[int, int]) -> None:
     lengths = site.length.tolist()
     for row, need in short.items():
         start, length = table[row][0], lengths[row]
-        if length:
-            _move(site, torch.arange(start, start + length), torch.arange(tail, tail + length))
+        for pool in _by_slot(site) if length else ():  # beyond all extents, so that nothing overlaps
+            pool[tail : tail + length] = pool[start : start + length]
         site.table[row, 0], site.table[row, 1] = tail, need
         tail += need
     site.top.fill_(tail)
@@ -138,6 +140,11 @@ def repack(site: Site, capacities: dict[int, int]) -> None:
         raise RuntimeError(f"pool of {site.k.shape[0]} slots cannot hold the {tail} slots that its rows need")
     _move(site, torch.cat(source), torch.cat(target))
     site.top.fill_(tail)
+
+
+def _by_slot(site: Site) -> tuple[Tensor, ...]:
+    """The pools, all with slots as their first dimension."""
+    return site.k, site.v, site.pos, site.frozen, site.state.t()
 
 
 def _move(site: Site, source: Tensor, target: Tensor) -> None:
@@ -169,10 +176,18 @@ def write(
     lengths = site.length.tolist()
     added = {row: count for row, count in zip(rows, counts, strict=True) if count}
     make_room(site, {row: lengths[row] + count for row, count in added.items()})
-    slots = torch.cat([site.slots(row, lengths[row], lengths[row] + count) for row, count in added.items()])
-    site.k[slots], site.v[slots] = k, v
-    site.pos[slots], site.frozen[slots] = pos.int(), frozen.to(torch.uint8)
-    site.state[:, slots] = state
+    fresh = k, v, pos, frozen, state.t()
+    if not site.paged and sum(counts) >= LONG * len(counts):
+        table, taken = site.table.tolist(), 0
+        for row, count in added.items():
+            at = table[row][0] + lengths[row]
+            for pool, new in zip(_by_slot(site), fresh, strict=True):
+                pool[at : at + count] = new[taken : taken + count]
+            taken += count
+    else:
+        slots = torch.cat([site.slots(row, lengths[row], lengths[row] + count) for row, count in added.items()])
+        for pool, new in zip(_by_slot(site), fresh, strict=True):
+            pool[slots] = new.to(pool.dtype)
     more = torch.tensor(counts, dtype=site.length.dtype, device=site.length.device)
     site.length[torch.tensor(rows, device=site.length.device)] += more
 

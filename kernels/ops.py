@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import cpu, evict, reference, states
+from kvcompile.kernels.cpp_backend.backend import Cpp
+from kvcompile.kernels.cpp_backend.build import NoCompiler, compiler, tell
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan
@@ -31,6 +33,7 @@ class Backend(Protocol):
 
     name: str
 
+    def prepare(self, plan: PolicyPlan) -> None: ...
     def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
     def observe(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
@@ -57,6 +60,10 @@ class Reference:
     """The oracle."""
 
     name = "reference"
+
+    def prepare(self, plan: PolicyPlan) -> None:
+        """Nothing is built."""
+
     attend_prefill = staticmethod(reference.attend_prefill)
     observe = staticmethod(states.observe)
     attend_step = staticmethod(reference.attend_step)
@@ -74,12 +81,22 @@ class Cpu(Reference):
 
 
 def backend(name: str) -> Backend:
-    """The backend of that name. Triton is imported when it is first asked for."""
+    """The backend of that name. Triton is imported when it is first asked for.
+
+    `cpu` is generated C++ where the machine has a compiler, else packed SDPA, with a warning that says so.
+    """
     if name == "triton":
         from kvcompile.kernels.triton_backend.backend import Triton
 
         return Triton()
-    return Reference() if name == "reference" else Cpu()
+    if name == "reference":
+        return Reference()
+    try:
+        compiler()
+    except NoCompiler as error:
+        tell(f"the cpu backend runs packed SDPA and torch, which is slower: {error}")
+        return Cpu()
+    return Cpp()
 
 
 @dataclass(frozen=True)

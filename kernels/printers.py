@@ -22,6 +22,7 @@ class Value:
     text: str
     axes: str = ""
     truth: bool = False
+    bare: bool = True  # a name or literal; else an expression that stands inside a statement over its axes
 
     @property
     def literal(self) -> bool:
@@ -139,11 +140,21 @@ class Printer:
     def _join(self, *values: Value) -> tuple[str, list[str]]:
         """The axes of all values together, and each one's text with a dimension for those that it lacks."""
         union = "".join(a for a in self.layout if any(a in v.axes for v in values))
-        texts = []
-        for v in values:
-            bare = not v.axes or len(union) < 2 or v.axes == union
-            texts.append(v.text if bare else f"{v.text}[{', '.join(':' if a in v.axes else 'None' for a in union)}]")
-        return union, texts
+        return union, [self._text(v, union) for v in values]
+
+    def _text(self, value: Value, axes: str) -> str:
+        """A value inside a statement over these axes: with a dimension for each that it lacks."""
+        if not value.axes or len(axes) < 2 or value.axes == axes:
+            return value.text
+        return f"{value.text}[{', '.join(':' if a in value.axes else 'None' for a in axes)}]"
+
+    def _own(self, value: Value) -> str:
+        """A value inside a statement over its own axes."""
+        return self._text(value, value.axes)
+
+    def _square(self, value: Value) -> Value:
+        text = self._own(value)
+        return Value(f"{text} * {text}", value.axes, bare=False)
 
     def _boxed(self, value: Value) -> Value:
         return Value(self.dialect.scalar.format(value.text)) if value.literal else value
@@ -152,10 +163,10 @@ class Printer:
         x = self.number(expr.args[0])
         if expr.value == "norm":
             return self._norm(x)
-        return self._let(self.dialect.unary[str(expr.value)].format(self._boxed(x).text), x.axes)
+        return self._let(self.dialect.unary[str(expr.value)].format(self._own(self._boxed(x))), x.axes)
 
     def _norm(self, x: Value) -> Value:
-        square = self._total(Value(f"{x.text} * {x.text}", x.axes), "d")
+        square = self._total(self._square(x), "d")
         return self._let(self.dialect.unary["sqrt"].format(square), x.axes.replace("d", ""))
 
     def _binary(self, expr: Expr) -> Value:
@@ -187,13 +198,14 @@ class Printer:
         if value.truth:
             return value
         if value.literal:
-            return Value(self.dialect.truth.format(int(float(value.text.strip("()")) != 0)), "", True)
-        return self._let(f"({value.text} < 0) | ({value.text} > 0)", value.axes, truth=True)
+            return Value(self.dialect.truth.format(int(float(value.text.strip("()f")) != 0)), "", True)
+        text = self._own(value)
+        return self._let(f"({text} < 0) | ({text} > 0)", value.axes, truth=True)
 
     def _pair(self, expr: Expr) -> Value:
         left, right = (self.number(arg) for arg in expr.args)
         axes, (a, b) = self._join(left, right)
-        dot = self._let(self._total(Value(f"{a} * {b}", axes), "d"), axes.replace("d", ""))
+        dot = self._let(self._total(Value(f"{a} * {b}", axes, bare=False), "d"), axes.replace("d", ""))
         if expr.value == "dot":
             return dot
         axes, (d, m, n) = self._join(dot, self._norm(left), self._norm(right))
@@ -217,7 +229,7 @@ class Printer:
             return mean
         axes, (a, m) = self._join(x, mean)
         far = self._let(f"{a} - {m}", axes)
-        var = f"{self._total(Value(f'{far.text} * {far.text}', axes), axis)} / "
+        var = f"{self._total(self._square(far), axis)} / "
         var += f"({size} - 1 + ({size} == 1))"  # the sample variance; of one value 0
         return self._let(self.dialect.unary["sqrt"].format(var) if fn == "std" else var, rest)
 

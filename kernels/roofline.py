@@ -14,6 +14,19 @@ from kvcompile.kernels.gpus import Gpu
 
 
 @dataclass(frozen=True, slots=True)
+class Cpu:
+    """What a prediction for a CPU is made with: bytes and float32 operations a second."""
+
+    name: str
+    bandwidth: float
+    operations: float
+
+
+# Rounded from what a sum over 256 MB and torch's sgemm reached on two cores of an AMD EPYC with AVX-512: 33, 169.
+TWO_CORES = Cpu("two cores of a server", 30e9, 170e9)
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes by name, in the order in which a header lists them; dependent launches; matrix operations."""
 
@@ -25,19 +38,32 @@ class Traffic:
     def total(self) -> int:
         return sum(count for _, count in self.parts)
 
-    def seconds(self, gpu: Gpu) -> float:
+    def seconds(self, gpu: Gpu, dtype: str = "bfloat16") -> float:
         """Lower bound: traffic at full bandwidth or arithmetic at full speed, and no launch overlaps another."""
-        return max(self.total / gpu.bandwidth, self.operations / gpu.operations) + self.launches * gpu.launch
+        return max(self.total / gpu.bandwidth, self.operations / gpu.peak(dtype)) + self.launches * gpu.launch
 
-    def arithmetic(self, gpu: Gpu) -> str:
+    def arithmetic(self, gpu: Gpu, dtype: str = "bfloat16") -> str:
         """The prediction and how it comes about, in one line."""
-        memory, compute = self.total / gpu.bandwidth, self.operations / gpu.operations
+        peak = gpu.peak(dtype)
+        memory, compute = self.total / gpu.bandwidth, self.operations / peak
         if memory >= compute:
             work = f"{size(self.total)} / {gpu.bandwidth / 1e12:.2f} TB/s ({memory * 1e6:.1f} us)"
         else:
-            work = f"{self.operations / 1e12:.3f} TFLOP / {gpu.operations / 1e12:.0f} TFLOP/s ({compute * 1e6:.1f} us)"
+            work = f"{self.operations / 1e12:.3f} TFLOP / {peak / 1e12:.0f} TFLOP/s ({compute * 1e6:.1f} us)"
         launches = f"{self.launches} x {gpu.launch * 1e6:.0f} us of launch"
-        return f"{self.seconds(gpu) * 1e6:.1f} us on {gpu.name} = {work} + {launches}"
+        return f"{self.seconds(gpu, dtype) * 1e6:.1f} us on {gpu.name} = {work} + {launches}"
+
+    def seconds_on(self, cpu: Cpu) -> float:
+        """The same for a CPU: traffic or arithmetic, whichever takes longer; a call costs next to nothing."""
+        return max(self.total / cpu.bandwidth, self.operations / cpu.operations)
+
+    def on(self, cpu: Cpu) -> str:
+        """The prediction for a CPU and how it comes about, in one line."""
+        if self.total / cpu.bandwidth >= self.operations / cpu.operations:
+            work = f"{size(self.total)} / {cpu.bandwidth / 1e9:.0f} GB/s"
+        else:
+            work = f"{self.operations / 1e9:.1f} GFLOP / {cpu.operations / 1e9:.0f} GFLOP/s"
+        return f"{self.seconds_on(cpu) * 1e3:.3f} ms on {cpu.name} = {work}"
 
 
 LATENCY = 0.7e-6  # seconds from a load to its data under load: an estimate for HBM and GDDR alike
@@ -53,13 +79,20 @@ class Needs:
     warps: int
 
 
-def resident(gpu: Gpu, needs: Needs) -> int:
-    """Thread blocks that stand on one multiprocessor at a time; 0 where not even one fits."""
-    if needs.shared > gpu.shared:
-        return 0
+def limits(gpu: Gpu, needs: Needs) -> dict[str, int]:
+    """Thread blocks that fit one multiprocessor, by what they share there."""
     threads = needs.warps * gpu.warp
     registers = -(-max(needs.registers, 1) // 8) * 8 * threads  # handed out in eights
-    return min(gpu.threads // threads, gpu.registers // registers, gpu.shared_all // (needs.shared + RESERVED) or 1)
+    return {
+        "threads": gpu.threads // threads,
+        "registers": gpu.registers // registers,
+        "shared memory": gpu.shared_all // (needs.shared + RESERVED) or 1,
+    }
+
+
+def resident(gpu: Gpu, needs: Needs) -> int:
+    """Thread blocks that stand on one multiprocessor at a time; 0 where not even one fits."""
+    return 0 if needs.shared > gpu.shared else min(limits(gpu, needs).values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,14 +51,27 @@ class KernelSpec:
         parts += [str(facts["scope"])] if "scope" in facts else []
         return "_".join([*parts, self.tag] if self.tag else parts)
 
+    @property
+    def cpp_name(self) -> str:
+        """The name of the same kernel in C++, where rows are not cut into pages."""
+        whole = KernelSpec(self.template, tuple(f for f in self.facts if f[0] != "page"), self.holes, self.tag)
+        return f"{whole.name}_cpp"
+
     def digest(self) -> str:
         """Stable over processes: 16 hexadecimal digits of template, facts and formulas."""
         return hashlib.sha256(repr((self.template, self.facts, self.holes)).encode()).hexdigest()[:16]
 
 
+# Facts that shape a launch on a GPU and nothing that a kernel means.
+LAUNCH = frozenset({"page", "group_pad", "block_m", "block_n", "block_q", "warps", "stages", "min_chunk", "logits"})
 _LETTERS = (("group", "g"), ("head_dim", "d"), ("page", "p"), ("window", "w"), ("heads", "h"))
 
 
 def dtype_name(dtype: str) -> str:
     """fp32, fp16 or bf16 of a torch dtype's name."""
     return _SHORT[dtype]
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two, at least 1: the side of a tile that holds n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -17,10 +17,13 @@ from typing import Any, NoReturn, cast
 from torch import nn
 
 from kvcompile.compiled import ATTENTION, INNER, LayerForward, Layers, no_copies
+from kvcompile.cuda_graphs import step_graphs
 from kvcompile.forward import Engine, OptimizedForward
 from kvcompile.kernels import ops
-from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.cpp_backend.build import tell
+from kvcompile.kernels.errors import NO_TRITON, KvCompileError
 from kvcompile.kernels.layout import Site
+from kvcompile.kernels.offline import has_triton
 from kvcompile.passes import Compiled, compile_policy
 from kvcompile.passes.facts import model_facts
 from kvcompile.passes.open_anchors import gathered_evictions
@@ -73,7 +76,8 @@ def optimize(
 
     policy: text (it has a line break), a path (ends in `.kvp` or holds a separator) or a library name.
     backend: `reference`, `cpu`, `triton`, or `auto` by the model's device. compile: how much torch.compile
-    does behind the graph pass: `off`, `eager`, `inductor`, or `auto`, the measured default of the backend.
+    does behind the graph pass: `off`, `eager`, `inductor`, or `auto`, the measured default of the backend. On CUDA also
+    `cudagraph` and `cudagraph+inductor`: as `eager` and `inductor`, and decode steps are captured and replayed.
     name: one policy of a file that holds several. tables: files that the policy stands on, by the head class,
     share or trained state that reads them. params: the policy's parameters, as numbers or as text of the language.
     A policy with probes runs them here, a forward of up to 10,000 tokens.
@@ -92,14 +96,17 @@ def optimize(
     if asked:  # only now, because a probe takes a forward and a policy with mistakes none
         probes = run_probes(model, sites, asked)
         compiled = compile_policy(policy, facts, name=name, tables=tables, probes=probes, **params)
+    graphs = step_graphs(compiled.plan, chosen, next(model.parameters()).device) if compile in GRAPHED else None
     weights = load_weights(compiled.plan, dict(compiled.learned), next(model.parameters()).device)
     rope = RopeTable(model, sites) if compiled.plan.rotates else None
     restore(model)
-    key = ops.register(ops.Program(compiled.plan, ops.backend(chosen), weights))
+    program = ops.Program(compiled.plan, ops.backend(chosen), weights)
+    program.backend.prepare(compiled.plan)
+    key = ops.register(program)
     layers = Layers(compiled.plan.name, inner)
     scale = float(sites[0].attention.scaling)  # type: ignore[arg-type]
     tail = gathered_evictions(compiled.plan, key, scale, len(Site._fields))
-    engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, scale, inner != "off", rope)
+    engine = Engine(compiled.plan, key, chosen == "triton", layers, tail, scale, inner != "off", rope, graphs)
     forward = OptimizedForward(model, engine)
     before = vars(model).get("generate")
     request = (policy, {"backend": backend, "compile": compile, "name": name, "tables": tables, **params})
@@ -184,7 +191,12 @@ def _backend(backend: str, model: nn.Module) -> str:
         raise KvCompileError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
     device = next(model.parameters()).device
     if backend == "auto":
+        if device.type == "cuda" and not has_triton():
+            tell(f"backend 'auto' runs the reference, which is slow: {NO_TRITON}")
+            return "reference"
         return "triton" if device.type == "cuda" else "cpu"
+    if backend == "triton" and not has_triton():
+        raise KvCompileError(f"backend 'triton': {NO_TRITON}")
     if backend == "cpu" and device.type != "cpu":
         raise KvCompileError(f"backend 'cpu' with a model on {device}: use 'triton' or 'reference'")
     if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
@@ -196,15 +208,18 @@ def _backend(backend: str, model: nn.Module) -> str:
 
 
 def _inner(compile: str, backend: str) -> str:
-    if compile not in ("auto", *INNER):
-        raise KvCompileError(f"unknown compile={compile!r}: one of auto, {', '.join(INNER)}")
+    known = ("auto", *INNER, *GRAPHED)
+    if compile not in known:
+        raise KvCompileError(f"unknown compile={compile!r}: one of {', '.join(known)}")
     if compile == "auto":
         return AUTO[backend]
-    return compile
+    return GRAPHED.get(compile, compile)
 
 
 # docs/architecture.md has the figures behind these; `triton` has not been measured yet.
 AUTO = {"reference": "off", "cpu": "off", "triton": "eager"}
+# What runs inside a captured step.
+GRAPHED = {"cudagraph": "eager", "cudagraph+inductor": "inductor"}
 
 
 def _checked_generate(model: nn.Module) -> Any:

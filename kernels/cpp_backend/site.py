@@ -1,0 +1,24 @@
+"""One layer's tensors as the generated C++ sees them: `struct Site` of templates/_head.cpp.jinja, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+from kvcompile.kernels.layout import Site
+
+_POINTERS = ("k", "v", "pos", "frozen", "state", "length", "table", "ring", "clock", "counts", "fires")
+_NUMBERS = ("slots", "batch", "kv_heads", "window", "numbers", "layer")
+
+
+class CSite(ctypes.Structure):
+    """Addresses and sizes of a `layout.Site` on the CPU. It owns nothing: the site's tensors have to outlive it."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [(name, ctypes.c_int64) for name in _NUMBERS]
+
+
+def c_site(site: Site, kv_heads: int) -> CSite:
+    """The site's addresses now; a pool that grows or moves makes them stale, so they serve one call."""
+    numbers = (
+        site.k.shape[0], site.clock.shape[0], kv_heads, site.ring.shape[2], site.counts.shape[1], int(site.layer)
+    )  # fmt: skip
+    return CSite(*(getattr(site, name).data_ptr() for name in _POINTERS), *numbers)
