@@ -10,29 +10,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 
-from kvcompile.kernels import reach
+from kvcompile.kernels import defaults, reach
 from kvcompile.kernels.contexts import context
 from kvcompile.kernels.holes import region_text, spell
 from kvcompile.kernels.plan import STEP_TRIGGERS, ClassPlan, Expr, PolicyPlan, Region, Selection, StatePlan
-from kvcompile.kernels.spec import Hole, KernelSpec
+from kvcompile.kernels.spec import Hole, KernelSpec, power_of_two
 from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, open_axes, reduction
 
 _PREFILL = ("prefill.end", "chunk", "filled", "full", "when")
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _block(plan: PolicyPlan) -> int:
-    """Entries of a decode tile: K and V of two tiles in flight within about 64 KiB of shared memory."""
-    return max(16, min(128, 16384 // plan.facts.entry_bytes * 2))
-
-
 def _shape(plan: PolicyPlan) -> dict[str, int | str]:
     size = plan.facts.head_dim
-    if size < 16 or size != _power_of_two(size):
-        raise Unprintable(f"head_dim {size} is not a power of two of at least 16")
+    if size % 8:
+        raise Unprintable(f"head_dim {size} is not a multiple of 8, so rows of half precision would not be aligned")
+    if size > 256:
+        raise Unprintable(f"head_dim {size} is above 256: a tile of it would not fit the registers")
     return {"head_dim": size, "dtype": plan.facts.dtype}
 
 
@@ -40,6 +33,11 @@ def _pool_facts(plan: PolicyPlan) -> dict[str, int | str]:
     reach.pools(plan)
     names = " ".join(state.name for state in plan.states)
     return _shape(plan) | {"page": plan.page, "states": len(plan.states), "state_names": names}
+
+
+def _given(variant: dict[str, bool]) -> dict[str, bool]:
+    """The variants of attention that are asked for, as facts."""
+    return {name: True for name, wanted in variant.items() if wanted}
 
 
 def _made(spec: KernelSpec) -> KernelSpec:
@@ -74,11 +72,12 @@ def _step_tile(parts: Cut) -> Tile | None:
     return tile
 
 
-def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
+def decode_spec(plan: PolicyPlan, logits: str = "fp32", **variant: bool) -> KernelSpec:
     """Decode attention with what the policy's states and step scores take from it.
 
     logits: how base-2 logits are kept between the launches, fp32 or fp16. Half the bytes (1.6 % of K and V
     less at a group of 4 and head_dim 128), but fp16 moves a probability by up to 0.5 % where logits exceed 16.
+    variant: softcap, sinks, sliding; see the launch of the file.
     """
     reach.after_reads(plan)
     holes: dict[str, Hole] = {f"init {state.name}": reach.formula(state.init) for state in plan.states}
@@ -90,18 +89,32 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
         raise Unprintable("head classes with different scores after a step have no Triton form yet")
     if tiles:
         (holes["score"],) = tiles
-    group = plan.facts.group
-    facts = _pool_facts(plan) | {
-        "group": group,
-        "group_pad": max(16, _power_of_two(group)),
-        "block_n": _block(plan),
-        "warps": 4,
-        "stages": 3,
-        "min_chunk": 256,
-        "logits": logits if any(not name.startswith("init") for name in holes) else "none",
-    }
-    tag = "_".join([s.name for s in plan.states if s.add is not None] + (["score"] if tiles else []))
+    group, given = plan.facts.group, _given(variant)
+    facts = (
+        _pool_facts(plan)
+        | defaults.decode(plan.facts)
+        | given
+        | {
+            "group": group,
+            "group_pad": max(16, power_of_two(group)),
+            "logits": logits if any(not name.startswith("init") for name in holes) else "none",
+        }
+    )
+    tag = "_".join([*(s.name for s in plan.states if s.add is not None), *(["score"] if tiles else []), *sorted(given)])
     return _made(KernelSpec.of("decode", holes, tag, **facts))
+
+
+def prefill_spec(plan: PolicyPlan, listed: int = 0, **variant: bool) -> KernelSpec:
+    """Attention of a piece over what its rows hold and over itself.
+
+    listed: tokens of a side of the blocks that lists of blocks name, a multiple of 128; 0: no lists.
+    variant: as for decode.
+    """
+    reach.reads(plan)
+    given = _given(variant)
+    facts = _shape(plan) | defaults.prefill(plan.facts) | given | {"group": plan.facts.group, "page": plan.page}
+    facts |= {"listed": listed} if listed else {}
+    return _made(KernelSpec.of("prefill", None, "_".join(sorted(given) + ["listed"] * bool(listed)), **facts))
 
 
 def _state_tile(state: StatePlan, add: Expr) -> Tile:
@@ -173,7 +186,8 @@ def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
         "regions": " | ".join(region_text(plan, region) for region in regions) or "(at < 0)",
         "counts": "\n".join(f"{i} {plan.counts[i].name}" for i in reach.counts_of(cls)),
     }
-    facts = _pool_facts(plan) | {"warps": 4, "ordered": cls.by_position, "freezes": _freezes(plan, index)}
+    facts = _pool_facts(plan) | defaults.EVICT
+    facts |= {"ordered": cls.by_position, "freezes": _freezes(plan, index)}
     tag = "regions"
     if cls.selections:
         (term,) = cls.selections
@@ -198,27 +212,27 @@ def _freezes(plan: PolicyPlan, index: int) -> bool:
 def select_spec(plan: PolicyPlan, index: int, term: Selection) -> KernelSpec:
     """Winners of one selection over a prefill's rows."""
     reach.piece_choice(plan, term)
-    facts = _selection_facts(plan, index, term) | {"warps": 8}
+    facts = _selection_facts(plan, index, term) | defaults.SELECT
     return _made(KernelSpec.of("select", None, str(term.rank), **facts))
 
 
 def pack_spec(plan: PolicyPlan) -> KernelSpec:
     """Survivors of a prefill into the rows' pages."""
-    return _made(KernelSpec.of("pack", None, "", **_pool_facts(plan), warps=4))
+    return _made(KernelSpec.of("pack", None, "", **_pool_facts(plan), **defaults.PACK))
 
 
-def state_spec(plan: PolicyPlan, state: StatePlan) -> KernelSpec | None:
-    """What a whole prefill adds to a state; None where nothing updates it."""
+def state_spec(plan: PolicyPlan, state: StatePlan, **variant: bool) -> KernelSpec | None:
+    """What a whole prefill adds to a state; None where nothing updates it. variant: as for decode."""
     if state.add is None:
         return None
     reach.reads(plan)
-    return _columns(plan, _state_tile(state, state.add), state.name)
+    return _columns(plan, _state_tile(state, state.add), state.name, variant)
 
 
-def score_specs(plan: PolicyPlan, term: Selection) -> tuple[KernelSpec, ...]:
+def score_specs(plan: PolicyPlan, term: Selection, **variant: bool) -> tuple[KernelSpec, ...]:
     """The stages of a prefill's score, in order: a tile stage (columns or keys), then a row stage (pool).
 
-    Empty where the score is a state alone, which is its own score.
+    Empty where the score is a state alone, which is its own score. variant: as for decode.
     """
     reach.contestants(term)
     parts = cut(reach.formula(term.score))
@@ -227,12 +241,12 @@ def score_specs(plan: PolicyPlan, term: Selection) -> tuple[KernelSpec, ...]:
         if parts.row.op == "state":
             return ()
         raise Unprintable(f"the score {spell(parts.row)} at the end of a prefill has no Triton form yet")
-    first = _keys(plan, tile) if tile.kind == "key" else _columns(plan, tile, "")
+    first = _keys(plan, tile) if tile.kind == "key" else _columns(plan, tile, "", variant)
     return (first,) if parts.is_tile else (first, _row_stage(parts.row))
 
 
 def _keys(plan: PolicyPlan, tile: Tile) -> KernelSpec:
-    facts = _shape(plan) | {"block_n": 64, "warps": 4}
+    facts = _shape(plan) | defaults.KEYS
     return _made(KernelSpec.of("keys", {"formula": tile.formula}, _words(tile.formula), **facts))
 
 
@@ -241,22 +255,24 @@ def _words(formula: Expr) -> str:
     return "_".join(words) or "plain"
 
 
-def _columns(plan: PolicyPlan, tile: Tile, tag: str) -> KernelSpec:
+def _columns(plan: PolicyPlan, tile: Tile, tag: str, variant: dict[str, bool]) -> KernelSpec:
     assert tile.source is not None
     pre, over_q, mid, over_g, post = _chain(tile.formula)
     window = tile.source.width if tile.source.kind != "forward" else 0
     holes: dict[str, Hole] = {"pre": pre, "mid": mid, "post": post, "whole": tile.formula}
-    block_q = min(64, max(16, _power_of_two(window))) if window else 64
-    facts = _shape(plan) | {
-        "group": plan.facts.group,
-        "window": window,
-        "over_q": over_q,
-        "over_g": over_g,
-        "block_n": 64,
-        "block_q": block_q,
-        "warps": 4,
-    }
-    return _made(KernelSpec.of("columns", holes, tag or tile.source.kind, **facts))
+    given = _given(variant)
+    facts = (
+        _shape(plan)
+        | defaults.columns(plan.facts, window)
+        | given
+        | {
+            "group": plan.facts.group,
+            "window": window,
+            "over_q": over_q,
+            "over_g": over_g,
+        }
+    )
+    return _made(KernelSpec.of("columns", holes, "_".join([tag or tile.source.kind, *sorted(given)]), **facts))
 
 
 def _chain(formula: Expr) -> tuple[Expr, str, Expr, str, Expr]:
@@ -303,6 +319,7 @@ Make = Callable[[], tuple[KernelSpec, ...]]
 def _places(plan: PolicyPlan, logits: str) -> Iterator[tuple[str, Make]]:
     """(what it is for, how to make it) of every kernel that the plan asks for."""
     yield "decode", lambda: (decode_spec(plan, logits),)
+    yield "prefill attention", lambda: (prefill_spec(plan),)
     yield "pack", lambda: (pack_spec(plan),)
     for index, cls in enumerate(plan.classes):
         if _steps(plan, cls):

@@ -10,18 +10,31 @@ from typing import Any
 from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import TORCH, TRITON, Axis, extreme_of
-from kvcompile.kernels.signatures import offline_lines
-from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.signatures import combine_units, offline_lines, padded, registers, wide
+from kvcompile.kernels.spec import KernelSpec, power_of_two
 
 Context = dict[str, Any]
 LOG2E = "1.4426950408889634"
 OVERRUN = "-1073741824"
+VARIANTS = ("softcap", "sinks", "sliding")
 
 
 def context(spec: KernelSpec) -> Context:
     """The template's names beside the facts; `formulas` are the lines of the header."""
     made = _CONTEXTS[spec.template](spec)
-    return {"formulas": (), "log2e": LOG2E, "overrun": OVERRUN, "offline": offline_lines(spec), **made}
+    base: Context = {"formulas": (), "log2e": LOG2E, "overrun": OVERRUN, "offline": offline_lines(spec)}
+    return base | {"registers": registers(spec)} | _size(spec) | attention(spec) | made
+
+
+def _size(spec: KernelSpec) -> Context:
+    """`d_pad`, the side of a tile that holds all channels."""
+    return {"d_pad": padded(spec.number("head_dim"))} if "head_dim" in dict(spec.facts) else {}
+
+
+def attention(spec: KernelSpec) -> dict[str, bool]:
+    """Which variants of attention a kernel has: `softcap`, `sinks`, `sliding`; facts that are absent mean none."""
+    facts = dict(spec.facts)
+    return {name: bool(facts.get(name)) for name in VARIANTS}
 
 
 def _formulas(spec: KernelSpec) -> dict[str, Expr]:
@@ -55,6 +68,9 @@ def _decode(spec: KernelSpec) -> Context:
         "score": score,
         "uses": uses | ({"pos_i"} if "age" in uses else set()),
         "scores": bool(updates or score),
+        "seen": "seen" if attention(spec)["sliding"] else "there",
+        "block_u": combine_units(spec),
+        "wide": wide(spec),
         "state_loads": [(name, states.index(name)) for name in read],
         "updated": [states.index(name) for name in grown],
         "logits_dtype": {"none": "None", "fp32": "torch.float32", "fp16": "torch.float16"}[str(spec.fact("logits"))],
@@ -87,6 +103,17 @@ def _selection(spec: KernelSpec) -> Context:
         "join_step": step,
         "reference_join": torch_join,
         "fraction_of": lambda text: f"{text} * {num} // {max(den, 1)}",
+    }
+
+
+def _prefill(spec: KernelSpec) -> Context:
+    size, softcap = spec.number("head_dim"), attention(spec)["softcap"]
+    return {
+        "group_pad": power_of_two(spec.number("group")),
+        "whole_mask": ", mask=real_d, other=0.0" if padded(size) != size else "",
+        "listed": dict(spec.facts).get("listed", 0),
+        "cap": "cap, " if softcap else "",
+        "times_scale": "" if softcap else " * scale",  # softened logits have it already
     }
 
 
@@ -215,9 +242,11 @@ def _fold_tile(fn: str, pre: Expr) -> str:
 def _keys(spec: KernelSpec) -> Context:
     formula = _formulas(spec)["formula"]
     reach = {("field", "k"): "kt", ("field", "pos"): "pos_i"}
+    size = spec.number("head_dim")
+    tile = Axis("D", "real" if padded(size) > size else None)  # channels that pad a tile enter no reduction
     hole, whole = (
-        print_hole("t", formula, reach, layout="id", axes={"d": Axis(size)}, leaf_axes={"kt": "id"}, dialect=dialect)
-        for dialect, size in ((TRITON, "D"), (TORCH, "HEAD_DIM"))
+        print_hole("t", formula, reach, layout="id", axes={"d": axis}, leaf_axes={"kt": "id"}, dialect=dialect)
+        for dialect, axis in ((TRITON, tile), (TORCH, Axis("HEAD_DIM")))
     )
     return {"formulas": (("score", spell(formula)),), "hole": hole, "whole": whole, "uses": hole.uses}
 
@@ -244,6 +273,7 @@ def _pool(spec: KernelSpec) -> Context:
 
 _CONTEXTS = {
     "decode": _decode,
+    "prefill": _prefill,
     "evict": _evict,
     "select": _select,
     "pack": _pack,

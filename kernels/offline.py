@@ -16,10 +16,11 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.errors import NO_TRITON, KvCompileError
 from kvcompile.kernels.gpus import KIB
 
 # Largest dynamic shared memory of a thread block, bytes (CUDA programming guide, compute capabilities).
@@ -48,10 +49,15 @@ class Resources:
         return self.shared <= SHARED_LIMIT[int(self.arch.removeprefix("sm_"))]
 
     def line(self) -> str:
-        """One line for `inspect`."""
+        """One line with its name."""
+        return f"{self.kernel} {self.arch}: {self.taken()}"
+
+    def taken(self) -> str:
+        """What it takes, for a reader."""
         spills = f"spills {self.spill_stores}+{self.spill_loads} B" if self.spill_stores else "no spills"
+        tensor = f", {self.tensor_memory} columns of tensor memory" if self.tensor_memory else ""
         used = ", ".join(self.instructions) or "no matrix instructions"
-        return f"{self.kernel} {self.arch}: {self.registers} registers, {spills}, {self.shared} B shared, {used}"
+        return f"{self.registers} registers, {spills}, {self.shared} B shared{tensor}, {used}"
 
 
 _NOTABLE = ("mma.sync", "wgmma", "tcgen05.mma", "cp.async.bulk", "cp.async", "ldmatrix")
@@ -74,7 +80,16 @@ def compile_offline(path: Path, arch: str) -> tuple[Resources, ...]:
 
 
 def compile_apart(paths: Iterable[Path], arches: Iterable[str] = ARCHES) -> dict[str, tuple[Resources, ...]]:
-    """The same for several files and architectures, in a process of its own: file stem -> resources."""
+    """The same for several files and architectures, in a process of its own: file stem -> resources.
+
+    Raises:
+        KvCompileError: Triton is not installed, an architecture is unknown, or a file does not compile.
+    """
+    arches = tuple(arches)
+    for arch in arches:
+        _capability(arch)
+    if not has_triton():
+        raise KvCompileError(NO_TRITON)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "kvcompile.kernels.offline", *(str(p) for p in paths)]
     done = subprocess.run([*command, "--arch", *arches], env=environment, capture_output=True, text=True, check=False)
@@ -86,6 +101,14 @@ def compile_apart(paths: Iterable[Path], arches: Iterable[str] = ARCHES) -> dict
         stem: tuple(Resources(**(entry | {"instructions": tuple(entry["instructions"])})) for entry in entries)
         for stem, entries in table.items()
     }
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported here."""
+    try:
+        return find_spec("triton") is not None
+    except (ImportError, ValueError):  # something that stands in its way
+        return False
 
 
 def _capability(arch: str) -> int:
@@ -110,6 +133,10 @@ def _compile(
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
     aligned |= {(names.index(name),): [["tt.divisibility", 16]] for name in _EVEN if name in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    limit = options.get("maxnreg_of_mma")  # where matrix instructions read registers: neither sm_90 nor sm_100
+    options = {name: value for name, value in options.items() if name != "maxnreg_of_mma"}
+    if limit is not None and cc // 10 not in (9, 10):
+        options["maxnreg"] = limit
     built = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     ptx = built.asm["ptx"]
     stores, loads = _spills(ptx, cc)
@@ -127,7 +154,7 @@ def _compile(
     )
 
 
-_EVEN = ("q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "out_b", "out_h", "slots", "k_n", "v_n", "q_n", "capacity")
+_EVEN = ("q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "out_b", "out_h", "out_n", "slots", "k_n", "v_n", "q_n", "capacity")
 
 
 @cache
@@ -165,7 +192,11 @@ def main(arguments: list[str]) -> int:
     """`python -m kvcompile.kernels.offline FILE... --arch ARCH...`: resources as one line of JSON."""
     cut = arguments.index("--arch")
     files, arches = [Path(a) for a in arguments[:cut]], arguments[cut + 1 :]
-    table = {path.stem: [asdict(r) for arch in arches for r in compile_offline(path, arch)] for path in files}
+    try:
+        table = {path.stem: [asdict(r) for arch in arches for r in compile_offline(path, arch)] for path in files}
+    except KvCompileError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(json.dumps(table))
     return 0
 

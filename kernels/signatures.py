@@ -6,7 +6,7 @@ types as Triton spells them: `*bf16` a pointer, `i32` a number. The names follow
 
 from __future__ import annotations
 
-from kvcompile.kernels.spec import KernelSpec, dtype_name
+from kvcompile.kernels.spec import KernelSpec, dtype_name, power_of_two
 
 Entry = tuple[str, dict[str, str], dict[str, object], dict[str, int]]
 
@@ -26,6 +26,43 @@ def offline(spec: KernelSpec) -> tuple[Entry, ...]:
     return _TABLES[spec.template](spec)
 
 
+def registers(spec: KernelSpec) -> int:
+    """The most registers of a thread that leave room for one program.
+
+    Left to itself, the assembler spills a few bytes wherever that lets one more program onto a multiprocessor.
+    """
+    return min(255, 65536 // (32 * spec.number("warps")))
+
+
+def wide(spec: KernelSpec) -> bool:
+    """Whether tiles of decode take so many registers that a limit keeps no program off a multiprocessor."""
+    return spec.fact("dtype") == "float32" or spec.number("head_dim") > 128
+
+
+def _options(spec: KernelSpec) -> dict[str, int]:
+    return {"num_warps": spec.number("warps"), "num_stages": 3, "maxnreg": registers(spec)}
+
+
+COMBINE = {"num_warps": 4, "num_stages": 3}
+_EXTRA = {"cap": ("softcap", "fp32"), "sink": ("sinks", "*fp32"), "reach": ("sliding", "i32")}
+
+
+def _extra(spec: KernelSpec, *names: str) -> str:
+    """Types of the arguments that a variant of attention adds, where the spec has it."""
+    facts = dict(spec.facts)
+    return "".join(f"; {_EXTRA[name][1]}: {name}" for name in names if facts.get(_EXTRA[name][0]))
+
+
+def padded(size: int) -> int:
+    """Side of a tile that holds so many channels: a power of two, and no less than what a matrix instruction takes."""
+    return max(16, power_of_two(size))
+
+
+def combine_units(spec: KernelSpec) -> int:
+    """Partial outputs that the second launch of decode adds at a time: 32 float32 a thread, or registers spill."""
+    return min(32, 4096 // padded(spec.number("head_dim")))
+
+
 def _decode(spec: KernelSpec) -> tuple[Entry, ...]:
     dtype = dtype_name(str(spec.fact("dtype")))
     logits = "fp16" if spec.fact("logits") == "fp16" else "fp32"
@@ -34,26 +71,55 @@ def _decode(spec: KernelSpec) -> tuple[Entry, ...]:
         "GROUP": spec.fact("group"),
         "GROUP_PAD": spec.fact("group_pad"),
         "D": spec.fact("head_dim"),
+        "D_PAD": padded(spec.number("head_dim")),
         "PAGE": spec.fact("page"),
     }
     pool = "*i32: pos table length free top plan; *u8: frozen; *fp32: state part_acc part_max part_sum"
     first = _types(
         f"*T: q k_new v_new k v; {pool}; *i64: now active layer; *{logits}: logits; fp32: scale; "
-        "i32: q_b q_h k_b k_h v_b v_h now_b active_b table_row slots capacity rows kv_heads target min_chunk",
+        "i32: q_b q_h k_b k_h v_b v_h now_b active_b table_row slots capacity rows kv_heads target min_chunk"
+        + _extra(spec, "cap", "reach"),
         dtype,
     )
     second = _types(
         "*fp32: part_acc part_max part_sum lse state score; *i32: plan pos table length top; "
         f"*{logits}: logits; *T: out; *i64: layer now; "
-        "i32: out_b out_h lse_b table_row slots capacity score_row rows kv_heads now_b",
+        "i32: out_b out_h lse_b table_row slots capacity score_row rows kv_heads now_b" + _extra(spec, "sink"),
         dtype,
     )
     options = {"num_warps": spec.number("warps"), "num_stages": spec.number("stages")}
+    options["maxnreg" if wide(spec) else "maxnreg_of_mma"] = registers(spec)
     keeps = spec.fact("logits") != "none"
     return (
         ("decode_kernel", first, shape | {"BLOCK_N": spec.fact("block_n"), "KEEP_LOGITS": keeps}, options),
-        ("combine_kernel", second, shape | {"BLOCK_S": 128, "BLOCK_U": 32}, {"num_warps": 4, "num_stages": 3}),
+        ("combine_kernel", second, shape | {"BLOCK_S": 128, "BLOCK_U": combine_units(spec)}, COMBINE),
     )
+
+
+def _prefill(spec: KernelSpec) -> tuple[Entry, ...]:
+    listed = dict(spec.facts).get("listed")
+    types = _types(
+        "*T: q k_new v_new k v out; *i64: new peek start layer; *i32: pos table length first window; *fp32: lse; "
+        "i32: q_b q_h q_n k_b k_h k_n v_b v_h v_n out_b out_n clock_b table_row columns rows kv_heads; fp32: scale"
+        + ("; *i32: lists counts; i32: most list_blocks" if listed else "")
+        + _extra(spec, "cap", "sink", "reach"),
+        dtype_name(str(spec.fact("dtype"))),
+    )
+    constants: dict[str, object] = {
+        "ROWS_PAD": 16,
+        "GROUP": spec.fact("group"),
+        "PACK": 1,
+        "D": spec.fact("head_dim"),
+        "D_PAD": padded(spec.number("head_dim")),
+        "PAGE": spec.fact("page"),
+        "BLOCK_M": spec.fact("block_m"),
+        "BLOCK_N": spec.fact("block_n"),
+        "LOCAL": True,
+        "LSE": True,
+    }
+    options = {"num_warps": spec.number("warps"), "num_stages": spec.number("stages")}
+    constants |= {"LISTED": listed} if listed else {}
+    return (("prefill_kernel", types, constants, options),)
 
 
 def _evict(spec: KernelSpec) -> tuple[Entry, ...]:
@@ -66,22 +132,23 @@ def _evict(spec: KernelSpec) -> tuple[Entry, ...]:
     constants: dict[str, object] = {
         "HEADS": spec.fact("heads"),
         "D": spec.fact("head_dim"),
+        "D_PAD": padded(spec.number("head_dim")),
         "PAGE": spec.fact("page"),
         "STATES": spec.fact("states"),
         "BLOCK": 2048,
         "BLOCK_M": 32,
     }
-    return (("evict_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
+    return (("evict_kernel", types, constants, _options(spec)),)
 
 
 def _select(spec: KernelSpec) -> tuple[Entry, ...]:
     types = _types("*fp32: scores; *u8: candidates keep; *i32: pos heads keys; *i64: wanted; i32: all_heads n groups")
     constants: dict[str, object] = {"HEADS": spec.fact("heads"), "BLOCK": 4096}
-    return (("select_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
+    return (("select_kernel", types, constants, _options(spec)),)
 
 
 def _pack(spec: KernelSpec) -> tuple[Entry, ...]:
-    options = {"num_warps": spec.number("warps"), "num_stages": 3}
+    options = _options(spec)
     page = spec.fact("page")
     first = _types("*u8: keep; *i32: before length table free top; *i64: layer; i32: rows n tiles table_row")
     second = _types(
@@ -91,6 +158,7 @@ def _pack(spec: KernelSpec) -> tuple[Entry, ...]:
     )
     constants: dict[str, object] = {
         "D": spec.fact("head_dim"),
+        "D_PAD": padded(spec.number("head_dim")),
         "PAGE": page,
         "STATES": spec.fact("states"),
         "TILE": 1024,
@@ -105,20 +173,23 @@ def _pack(spec: KernelSpec) -> tuple[Entry, ...]:
 def _columns(spec: KernelSpec) -> tuple[Entry, ...]:
     dtype = dtype_name(str(spec.fact("dtype")))
     first = _types(
-        "*T: q k; *i32: pos qpos; *fp32: lse; fp32: scale; i32: q_b q_h q_n k_b k_h k_n n n_q heads stretch", dtype
+        "*T: q k; *i32: pos qpos; *fp32: lse; fp32: scale; i32: q_b q_h q_n k_b k_h k_n n n_q heads stretch"
+        + _extra(spec, "cap", "sink", "reach"),
+        dtype,
     )
     second = _types(
         "*T: q k; *i32: pos qpos; *fp32: lse out; fp32: scale lse_scale; "
-        "i32: q_b q_h q_n k_b k_h k_n n n_q kv_heads splits",
+        "i32: q_b q_h q_n k_b k_h k_n n n_q kv_heads splits" + _extra(spec, "cap", "reach"),
         dtype,
     )
     constants: dict[str, object] = {
         "GROUP": spec.fact("group"),
         "D": spec.fact("head_dim"),
+        "D_PAD": padded(spec.number("head_dim")),
         "BLOCK_N": spec.fact("block_n"),
         "BLOCK_Q": spec.fact("block_q"),
     }
-    options = {"num_warps": spec.number("warps"), "num_stages": 3}
+    options = _options(spec)
     both = (("lse_kernel", first, constants, options), ("columns_kernel", second, constants, options))
     return both if spec.fact("window") else both[1:]
 
@@ -126,7 +197,8 @@ def _columns(spec: KernelSpec) -> tuple[Entry, ...]:
 def _keys(spec: KernelSpec) -> tuple[Entry, ...]:
     dtype = dtype_name(str(spec.fact("dtype")))
     types = _types("*T: k; *i32: pos; *fp32: out; i32: k_b k_h k_n n kv_heads", dtype)
-    constants: dict[str, object] = {"D": spec.fact("head_dim"), "BLOCK": spec.fact("block_n")}
+    size = spec.number("head_dim")
+    constants: dict[str, object] = {"D": size, "D_PAD": padded(size), "BLOCK": spec.fact("block_n")}
     return (("keys_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
 
 
@@ -138,6 +210,7 @@ def _pool(spec: KernelSpec) -> tuple[Entry, ...]:
 
 _TABLES = {
     "decode": _decode,
+    "prefill": _prefill,
     "evict": _evict,
     "select": _select,
     "pack": _pack,
@@ -153,9 +226,19 @@ def offline_lines(spec: KernelSpec) -> list[str]:
     for kernel, types, constants, options in offline(spec):
         lines += ["    (", f'        "{kernel}",', "        {"]
         lines += [f'            "{kind}": "{names}",' for kind, names in types.items()]
-        lines += ["        },", f"        {_table(constants)},", f"        {_table(dict(options))},", "    ),"]
+        lines += ["        },", *_table(constants), f"        {_braced(dict(options))},", "    ),"]
     return lines
 
 
-def _table(values: dict[str, object]) -> str:
+def _table(values: dict[str, object]) -> list[str]:
+    """On one line, or in rows of six where that line would be long."""
+    line = f"        {_braced(values)},"
+    if len(line) <= 120:
+        return [line]
+    pairs = [f'"{name}": {value!r}' for name, value in values.items()]
+    rows = [", ".join(pairs[at : at + 6]) for at in range(0, len(pairs), 6)]
+    return ["        {", *(f"            {row}," for row in rows), "        },"]
+
+
+def _braced(values: dict[str, object]) -> str:
     return "{" + ", ".join(f'"{name}": {value!r}' for name, value in values.items()) + "}"

@@ -22,6 +22,7 @@ from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.tuning_space import Config, default, space, tile_bytes, with_config
 
 GUESS = 128  # registers of a thread where nothing was compiled
+CACHED = 3  # times as fast as memory the L2 is taken to be
 EQUAL = 0.02  # of the best prediction: no model here is finer
 
 
@@ -54,6 +55,15 @@ def launch_of(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes, config: Config) 
                 (*traffic.parts, ("partial results, out and in", int(2 * units * part))), traffic.launches
             )
             return Launch(traffic, min(units, float(target)), tile_bytes(spec, chosen))
+        case "prefill":
+            lines = rows * spec.number("group") * tokens / chosen["block_m"]
+            # The diagonal is computed whole; each tile reads its entries again, from the cache.
+            wasted = 1 + (chosen["block_m"] + chosen["block_n"]) / max(tokens, 1)
+            again = int(lines * tokens / 2 * plan.facts.entry_bytes) // CACHED
+            traffic = Traffic(
+                (*traffic.parts, ("keys and values again", again)), operations=int(traffic.operations * wasted)
+            )
+            return Launch(traffic, lines, tile_bytes(spec, chosen))
         case "columns" | "keys":
             return Launch(traffic, max(float(rows), rows * tokens / chosen["block_n"]), tile_bytes(spec, chosen))
         case "pack":

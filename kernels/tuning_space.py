@@ -27,6 +27,7 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
         "min_chunk": (128, 256, 512),
         "units": (1, 2, 3, 4),
     },
+    "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
     "evict": {"warps": (2, 4, 8, 16)},
     "select": {"warps": (4, 8, 16)},
     "pack": {"warps": (2, 4, 8)},
@@ -66,6 +67,9 @@ def _knobs(spec: KernelSpec) -> dict[str, tuple[int, ...]]:
 def _sane(spec: KernelSpec, config: dict[str, int]) -> bool:
     if spec.template == "decode":
         return tile_bytes(spec, config) <= MOST
+    if spec.template == "prefill":
+        listed = int(dict(spec.facts).get("listed", 0))  # tiles never cross a listed block
+        return tile_bytes(spec, config) <= MOST and not (listed % config["block_m"] or listed % config["block_n"])
     if spec.template == "columns" and spec.number("window"):
         return config["block_q"] <= max(16, spec.number("block_q"))
     return True
@@ -73,7 +77,8 @@ def _sane(spec: KernelSpec, config: dict[str, int]) -> bool:
 
 def tile_bytes(spec: KernelSpec, config: dict[str, int]) -> int:
     """Bytes of the tiles that a program keeps under way: all stages but the one in use."""
-    row = spec.number("head_dim") * ITEM[str(spec.fact("dtype"))] * (2 if spec.template == "decode" else 1)
+    both = spec.template in ("decode", "prefill")  # keys and values
+    row = spec.number("head_dim") * ITEM[str(spec.fact("dtype"))] * (2 if both else 1)
     return config["block_n"] * row * max(1, config.get("stages", 2) - 1)
 
 

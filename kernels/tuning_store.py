@@ -21,9 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kvcompile.kernels import cache_folder
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.gpus import Gpu
-from kvcompile.kernels.render import folder
 from kvcompile.kernels.spec import Fact
 from kvcompile.kernels.tuning_space import Config
 
@@ -83,9 +83,9 @@ class Entry:
 
 
 def user_folder() -> Path:
-    """$KVC_TUNED, else `tuned` in the folder of what is generated ($KVC_CACHE, ~/.cache/kvcompile)."""
+    """$KVC_TUNED, else `tuned` in the cache folder that was asked for: results must outlive the process."""
     chosen = os.environ.get("KVC_TUNED")
-    return Path(chosen) if chosen else folder("any", "").parents[1] / "tuned"
+    return Path(chosen) if chosen else (cache_folder.wanted() or cache_folder.root()) / "tuned"
 
 
 def file_of(place: Path, identity: tuple[str, str, int, int]) -> Path:
@@ -201,6 +201,8 @@ def save(entries: tuple[Entry, ...], gpu: Gpu, place: Path | None = None) -> Pat
     the same space. A file that cannot be used is kept under another name. KvCompileError where the folder cannot be
     written or another writer does not end.
     """
+    if place is None and not os.environ.get("KVC_TUNED") and cache_folder.wanted() is None:
+        raise KvCompileError("cannot write tuned configurations: there is no home folder; set KVC_TUNED to a folder")
     path = file_of(place or user_folder(), gpu.identity)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Launchers of the generated Triton kernels: one file a kernel, none of them reads a device value back."""
+"""Launchers of the generated Triton kernels: one file a kernel; nothing in a step reads a device value back."""

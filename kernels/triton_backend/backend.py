@@ -1,7 +1,7 @@
 """The `triton` backend: generated kernels behind the operators, on the paged layout.
 
 A step is decode attention (append, states and scores fused), then one eviction launch per head class for all
-layers. A prefill takes attention from torch, and scores, winners and the move into pages from kernels.
+layers. A prefill is attention of the piece for all heads in one launch, then scores, winners and the move into pages.
 What has no Triton form runs as the reference; `choose.unprintable` says what that is.
 """
 
@@ -24,6 +24,7 @@ from kvcompile.kernels.span import competes
 from kvcompile.kernels.stages import Unprintable
 from kvcompile.kernels.states import Weights, growth, observe
 from kvcompile.kernels.triton_backend import prefill
+from kvcompile.kernels.triton_backend.attend import alone, attend, dense, file_queries, library_reads
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.evict import EvictStep
 from kvcompile.kernels.triton_backend.library import At, library
@@ -33,11 +34,15 @@ class Triton:
     """Kernels of a policy, and the scratch that its steps share; one instance per optimised model."""
 
     name = "triton"
-    attend_prefill = staticmethod(reference.attend_prefill)
 
     def __init__(self) -> None:
+        self._readers: dict[tuple[object, ...], ModuleType | None] = {}
         self._decoders: dict[tuple[object, ...], DecodeStep | None] = {}
         self._evictions: dict[tuple[object, ...], EvictStep | None] = {}
+
+    def prepare(self, plan: PolicyPlan) -> None:
+        """Write the kernels' files; they are compiled at their first launch."""
+        library(plan)
 
     def observe(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
@@ -48,6 +53,30 @@ class Triton:
             return _growth(plan, states, rows, fresh)
 
         return observe(plan, site, q, k, v, scale, weights, grown)
+
+    def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `reference.attend_prefill`; a long piece without past or padding goes to torch's own attention.
+
+        Whether it is one is on the device alone: only there, and only for long pieces, is a value read back.
+        """
+        module = self._reader(plan, site, q.shape[2])
+        if module is None:
+            return reference.attend_prefill(plan, site, q, k, v, scale)
+        if library_reads(q, k, v) and alone(site, k):
+            out = dense(q, k, v, scale)
+        else:
+            out = attend(module, site, q, k, v, scale)
+        file_queries(site, q)
+        return out
+
+    def _reader(self, plan: PolicyPlan, site: Site, tokens: int) -> ModuleType | None:
+        key = (*_key(plan, site), tokens)
+        if key not in self._readers:
+            try:
+                self._readers[key] = library(plan).prefill(At(site.k.device, site.batch * plan.facts.kv_heads, tokens))
+            except Unprintable:
+                self._readers[key] = None
+        return self._readers[key]
 
     def attend_step(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights

@@ -50,15 +50,18 @@ class DecodeStep:
         active: Tensor,
         layer: Tensor,
         scale: float,
+        **variant: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Append and attend.
 
         q [B, Hq, D]; k, v [B, Hkv, D], last dimension contiguous; now int [B]: the new token's position;
         active int [B]: 0 where a sequence has no token in this step; layer int [1]; all on the device.
+        variant: cap, sink and reach, where the file has them; see its launch.
         Returns out [B, 1, Hq, D] in q's dtype (zeros where inactive) and lse float32 [B, Hq], natural.
         """
         with_pools = tensors(pools)
         out, lse = self.module.launch(
-            q, k, v, now, active, **with_pools, layer=layer, scale=scale, score=self.score, scratch=self.scratch
-        )
+            q, k, v, now, active, **with_pools, layer=layer, scale=scale, score=self.score, scratch=self.scratch,
+            **variant,
+        )  # fmt: skip
         return out, lse

@@ -13,7 +13,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kvcompile.kernels.choose import decode_spec, evict_spec, pack_spec, score_specs, select_spec, specs_for, state_spec
+from kvcompile.kernels.choose import (
+    decode_spec,
+    evict_spec,
+    pack_spec,
+    prefill_spec,
+    score_specs,
+    select_spec,
+    specs_for,
+    state_spec,
+)
 from kvcompile.kernels.gpus import Gpu, of_device
 from kvcompile.kernels.headers import Sizes, header_for
 from kvcompile.kernels.plan import PolicyPlan, Selection, StatePlan
@@ -92,6 +101,10 @@ class Library:
     def decode(self, at: At | None = None) -> ModuleType:
         """Attention of a step. at: as in all of these, None for the plain file."""
         return self._module(decode_spec(self.plan), at)
+
+    def prefill(self, at: At | None = None) -> ModuleType:
+        """Attention of a piece."""
+        return self._module(prefill_spec(self.plan), at)
 
     def target(self, at: At) -> int | None:
         """Work units that a decode launch aims at; None leaves it to the file."""

@@ -11,30 +11,32 @@ from kvcompile.kernels.triton_backend.pools import PagedPools, tensors
 
 
 def state_columns(
-    module: ModuleType, q: Tensor, k: Tensor, pos: Tensor, qpos: Tensor, lse: Tensor | None, scale: float
-) -> Tensor:
+    module: ModuleType, q: Tensor, k: Tensor, pos: Tensor, qpos: Tensor, lse: Tensor | None, scale: float,
+    **variant: float | Tensor,
+) -> Tensor:  # fmt: skip
     """What all queries of a piece add to a state: float32 [B, Hkv, N].
 
     q [B, Hq, n, D], k [B, Hkv, N, D]; pos int32 [B, Hkv, N], -1 where no entry is; qpos int32 [B, n], -1 where
     no query is; lse float32 [B, Hq, n], natural, over all that each query may read; None lets the kernel find it.
+    variant: cap, sink and reach, where the file has them.
     """
-    columns: Tensor = module.launch(q, k, pos, qpos, scale, lse=lse)
+    columns: Tensor = module.launch(q, k, pos, qpos, scale, lse=lse, **variant)
     return columns
 
 
 def score(
     stages: tuple[tuple[str, ModuleType], ...], q: Tensor, k: Tensor, pos: Tensor, qpos: Tensor, candidates: Tensor,
-    scale: float,
+    scale: float, **variant: float | Tensor,
 ) -> Tensor:  # fmt: skip
     """A selection's score through its stages: float32 [B, Hkv, N], meaningless outside `candidates`.
 
     q [B, Hq, W, D] and qpos int32 [B, W]: the queries that the score asks for; candidates bool [B, Hkv, N];
-    columns in position order where the score pools.
+    columns in position order where the score pools. variant: cap, sink and reach, where the columns' file has them.
     """
     value = torch.empty(0)
     for template, module in stages:
         if template == "columns":
-            value = module.launch(q, k, pos, qpos, scale)
+            value = module.launch(q, k, pos, qpos, scale, **variant)
         elif template == "keys":
             value = module.launch(k, pos)
         else:

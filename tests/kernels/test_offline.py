@@ -99,8 +99,26 @@ OFFLINE = tuple(
 """
 ONES = (
     "rows", "kv_heads", "batch", "n", "n_q", "splits", "all_heads", "groups", "tiles", "table_row", "now_b", "prompt_b",
-    "fires_b", "active_b", "counts_b", "target", "state_s", "heads",
+    "fires_b", "active_b", "counts_b", "counts_n", "counts_l", "clock_b", "lse_b", "target", "state_s", "heads",
+    "columns",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["h2o", "adakv"])
+def test_a_layer_or_a_prompts_length_makes_no_kernel_of_its_own(tmp_path: Path, name: str) -> None:
+    """Numbers of layers lie 8 bytes apart: Triton would compile everything twice, and anew as prompts differ."""
+    seen = set()
+    for file in write_kernels(policies()[name], tmp_path).values():
+        module = file.module()
+        for kernel, *_ in module.OFFLINE:
+            for argument in getattr(module, kernel).params:
+                if argument.name == "layer":
+                    assert argument.do_not_specialize_on_alignment, kernel
+                    seen.add(kernel)
+                if argument.name in ("columns", "tiles", "n_q", "splits"):
+                    assert argument.do_not_specialize, kernel
+                    seen.add(kernel)
+    assert seen >= {"decode_kernel", "combine_kernel", "prefill_kernel", "reserve_kernel", "pack_kernel"}
 
 
 def test_the_interpreter_is_refused_by_name(tmp_path: Path) -> None:

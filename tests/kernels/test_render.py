@@ -40,6 +40,7 @@ def adakv() -> PolicyPlan:
 def test_names_spell_the_facts() -> None:
     assert [spec.name for spec in specs_for(h2o())] == [
         "decode_g4_d128_p16_bf16_acc",
+        "prefill_g4_d128_p16_bf16",
         "pack_d128_p16_bf16",
         "evict_d128_p16_h1_bf16_head_acc",
         "select_h1_head_top",
@@ -47,6 +48,7 @@ def test_names_spell_the_facts() -> None:
     ]
     assert [spec.name for spec in specs_for(adakv())] == [
         "decode_g2_d64_p16_bf16",
+        "prefill_g2_d64_p16_bf16",
         "pack_d64_p16_bf16",
         "columns_g2_d64_w64_bf16_last",
         "pool_max7",
@@ -148,8 +150,10 @@ def test_what_has_no_form_is_listed_and_left_out() -> None:
     reasons = unprintable(policy)
     assert any("some, after a step" in r and "random" in r for r in reasons)
     assert any("some, prefill" in r and "mean[i] over the entries of a row" in r for r in reasons)
-    assert {spec.template for spec in specs_for(policy)} == {"decode", "pack", "select"}
-    assert "head_dim 80" in unprintable(plan((Region("all"),), head_dim=80))[0]
+    assert {spec.template for spec in specs_for(policy)} == {"decode", "prefill", "pack", "select"}
+    assert unprintable(plan((Region("all"),), head_dim=80)) == ()
+    assert "head_dim 84 is not a multiple of 8" in unprintable(plan((Region("all"),), head_dim=84))[0]
+    assert "head_dim 264 is above 256" in unprintable(plan((Region("all"),), head_dim=264))[0]
     with pytest.raises(Exception, match="several selections"):
         evict_spec(plan((Selection("top", ACC, 0), Selection("top", ACC, 1)), (H2O,)), 0)
 

@@ -34,7 +34,7 @@ def specs() -> list[tuple[PolicyPlan, KernelSpec]]:
     norm = Expr("unary", (Expr("field", (), "k"),), "norm")
     knorm = plan((Selection("bottom", norm, 1, Fraction(1, 4)),), triggers=(PREFILL_END,))
     seen = {spec.template: (policy, spec) for policy in (h2o(), adakv(), knorm) for spec in specs_for(policy)}
-    assert set(seen) == {"decode", "evict", "select", "pack", "columns", "keys", "pool"}
+    assert set(seen) == {"decode", "prefill", "evict", "select", "pack", "columns", "keys", "pool"}
     return list(seen.values())
 
 

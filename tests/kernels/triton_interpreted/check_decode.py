@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +162,26 @@ def test_a_step_score_is_left_for_the_eviction(tmp_path: Path, logits: str) -> N
         assert error < (1e-6 if logits == "fp32" else 2e-3)
 
 
+def test_a_score_of_a_state_and_of_evidence_reads_what_this_step_made_of_the_state(tmp_path: Path) -> None:
+    newest = reduce("mean", "q", attn("last", 1))
+    both = reduce("mean", "g", binary("-", ACC, binary("*", named("scalar", "len"), newest)))
+    p = replace(plan((Region("recent", 0), Selection("top", both, 1)), (H2O,), layers=1), query_window=1)
+    pools = Pools(2, 8, 64)
+    pools.fill(0, shuffled(37, 1))
+    pools.fill(1, shuffled(16, 2))
+    before = [pools.state[0, pools.slots(row)].double() for row in range(2)]
+    q, k, v = tokens(p, pools, 1)
+    launch = step(p, tmp_path, 1, 128)
+    assert launch.score is not None
+    launch(q, k, v, pools, torch.tensor([50]), torch.tensor([1]), torch.tensor([0]), 0.125)
+    for row in range(2):
+        at = pools.slots(row)
+        _, _, p_n = expected(q[0, row * 2 : (row + 1) * 2], pools.k[at], pools.v[at])
+        state = torch.cat([before[row], torch.zeros(1)]) + p_n.mean(0)
+        assert (pools.state[0, at].double() - state).abs().max() < 1e-5
+        assert (launch.score[row, : len(at)].double() - (state - len(at) * p_n.mean(0))).abs().max() < 1e-4
+
+
 def test_states_may_start_at_now_and_grow_by_any_formula(tmp_path: Path) -> None:
     seen = StatePlan("seen", named("scalar", "now"), None)
     hits = StatePlan(
@@ -193,6 +216,37 @@ def test_too_small_a_pool_is_noticed_and_harms_no_row(tmp_path: Path) -> None:
     assert (out[0, 0, 2:].double() - want).abs().max() < 1e-5
     with pytest.raises(KvCompileError, match="smaller than"):
         refuse_overrun(pools)
+
+
+class Fake:
+    """torch with a CUDA device that is none, and tells what a file's `bench` asks of it."""
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True, synchronize=lambda: None, get_device_name=lambda: "none",
+        Event=lambda enable_timing: SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 1.0),
+    )  # fmt: skip
+
+    def empty(self, *shape: int, device: object = None, **options: Any) -> torch.Tensor:
+        return torch.empty(*(1,) if device == "cuda" else shape, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def test_every_launch_that_a_file_times_finds_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module(p := plan(H2O_KEEP, (H2O,)), decode_spec(p), tmp_path)
+    inputs, launch, seen = made.example("cpu", torch.float32, small=True), made.launch, []
+    found = (inputs["length"].clone(), inputs["top"].clone(), inputs["state"].clone())
+
+    def watched(**given: Any) -> Any:
+        seen.append(all(torch.equal(given[n], was) for n, was in zip(("length", "top", "state"), found, strict=True)))
+        return launch(**given)
+
+    monkeypatch.setattr(made, "torch", Fake())
+    monkeypatch.setattr(made, "example", lambda *_, **__: inputs)
+    monkeypatch.setattr(made, "launch", watched)
+    assert made.bench() == 0
+    assert len(seen) > 10 and all(seen)
 
 
 def test_prefill_only_policies_keep_no_logits(tmp_path: Path) -> None:

@@ -82,13 +82,14 @@ def plan(
     dtype: str = "float32",
     by_position: bool = False,
     class_of: tuple[tuple[int, ...], ...] | None = None,
+    page: int = PAGE,
 ) -> PolicyPlan:
     """One class `some` that keeps what is asked; heads of class 1 keep all."""
     some = ClassPlan("some", keep, triggers, tuple(s.name for s in states), by_position)
     rest = ClassPlan("rest", (Region("all"),), ())
     facts = ModelFacts(layers, kv_heads * group, kv_heads, head_dim, dtype)
     where = class_of or ((0,) * kv_heads,) * layers
-    return PolicyPlan("test", "0" * 16, facts, (some, rest), where, COUNTS, states=states, page=PAGE)
+    return PolicyPlan("test", "0" * 16, facts, (some, rest), where, COUNTS, states=states, page=page)
 
 
 def module(p: PolicyPlan, spec: KernelSpec, place: Path) -> ModuleType:
@@ -107,11 +108,12 @@ class Pools:
     dtype: torch.dtype = torch.float32
     spare: int = 8
     seed: int = 0
+    page: int = PAGE
     noise: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         n_pages = self.rows * self.pages // 2 + self.spare
-        slots = n_pages * PAGE
+        slots = n_pages * self.page
         self.noise = torch.Generator().manual_seed(self.seed)
         self.k = torch.full((slots, self.head_dim), 7.0, dtype=self.dtype)
         self.v = torch.full((slots, self.head_dim), 7.0, dtype=self.dtype)
@@ -129,7 +131,7 @@ class Pools:
     def fill(self, row: int, positions: list[int], frozen: list[int] | None = None, ties: bool = False) -> None:
         """Give a row entries at these positions, in this order."""
         count = len(positions)
-        for place in range(-(-count // PAGE)):
+        for place in range(-(-count // self.page)):
             self.top -= 1
             self.table[row, place] = self.free[int(self.top)]
         self.length[row] = count
@@ -142,7 +144,7 @@ class Pools:
 
     def slots(self, row: int) -> torch.Tensor:
         i = torch.arange(int(self.length[row]))
-        return self.table[row, i // PAGE].long() * PAGE + i % PAGE
+        return self.table[row, i // self.page].long() * self.page + i % self.page
 
     def entries(self, row: int) -> list[tuple[int, int, bytes, bytes, tuple[float, ...]]]:
         """(position, frozen, key, value, states) of each entry, in the row's order."""
@@ -161,7 +163,7 @@ class Pools:
         """Each page is free or held by one row, once."""
         held = self.free[: int(self.top)].tolist()
         for row in range(self.rows):
-            held += self.table[row, : -(-int(self.length[row]) // PAGE)].tolist()
+            held += self.table[row, : -(-int(self.length[row]) // self.page)].tolist()
         assert sorted(held) == list(range(len(self.free)))
 
 

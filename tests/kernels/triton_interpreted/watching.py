@@ -46,6 +46,7 @@ def fallbacks() -> Iterator[set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, place in (
             (reference, "attend_step", "decode"),
+            (reference, "attend_prefill", "prefill attention"),
             (evict, "insert", "pack"),
             (evict, "evict_class", "after a step"),
             (evict, "evict_prefill", "prefill"),

@@ -1,0 +1,55 @@
+"""Launch constants of kernels that nothing was tuned for.
+
+Takes a model's facts, gives the facts that `tuning_space.KNOBS` may change. Guarantees: compiled by Triton 3.7.1 for
+sm_80, sm_89, sm_90 and sm_100, no kernel spills at head sizes 64, 96, 128 and 256 (tests/kernels/test_spills.py).
+"""
+
+from __future__ import annotations
+
+from kvcompile.kernels.plan import ModelFacts
+from kvcompile.kernels.spec import power_of_two
+
+Facts = dict[str, int | str]
+EVICT: Facts = {"warps": 4}
+SELECT: Facts = {"warps": 8}
+PACK: Facts = {"warps": 4}
+KEYS: Facts = {"block_n": 64, "warps": 4}
+
+
+def _row(facts: ModelFacts) -> int:
+    """Bytes of one key in a tile, whose side is a power of two."""
+    return power_of_two(facts.head_dim) * facts.entry_bytes // (2 * facts.head_dim)
+
+
+def decode(facts: ModelFacts) -> Facts:
+    """K and V of two tiles in flight within about 64 KiB of shared memory.
+
+    In float32 there is no matrix instruction: operands stand in registers, so tiles are small and threads many.
+    """
+    rest: Facts = {"stages": 3, "min_chunk": 256}
+    if facts.dtype == "float32":
+        return {"block_n": 16, "warps": 4 if facts.head_dim <= 128 else 8} | rest
+    most = 128 if facts.head_dim <= 32 else 64  # 128 of 64 channels spill on sm_100
+    return {"block_n": max(16, min(most, 16384 // _row(facts))), "warps": 4} | rest
+
+
+def prefill(facts: ModelFacts) -> Facts:
+    """The largest tiles, lines by entries, that do not spill on any of them; but float32 at 256 does, about 500 bytes:
+    no smaller tile can be multiplied."""
+    side = power_of_two(facts.head_dim)
+    if facts.dtype == "float32":
+        m, n, stages = (64 if side <= 64 else 16), 16, 2
+    else:
+        m, n, stages = (128, 64, 3) if side <= 64 else (128, 32, 3) if side <= 128 else (64, 32, 2)
+    return {"block_m": m, "block_n": n, "warps": 8, "stages": stages}
+
+
+def columns(facts: ModelFacts, window: int) -> Facts:
+    """A tile of logits is [block_n, block_q]; window: 0 where all queries of a prefill are read.
+
+    Rows of 256 bytes and more take twice the threads, as a tile of keys stays in registers; float32 as above.
+    """
+    wide = facts.dtype == "float32"
+    most = 32 if wide or _row(facts) > 256 else 64
+    block_q = min(most, max(16, power_of_two(window))) if window else most
+    return {"block_n": 32 if wide else 64, "block_q": block_q, "warps": 8 if wide or _row(facts) >= 256 else 4}

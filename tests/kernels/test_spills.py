@@ -1,0 +1,88 @@
+"""No kernel spills with the constants that it has untuned, as Triton 3.7.1 compiles it for four architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from kvcompile.kernels.choose import decode_spec, specs_for, state_spec
+from kvcompile.kernels.headers import header_for
+from kvcompile.kernels.offline import Resources, compile_apart
+from kvcompile.kernels.plan import Expr, PolicyPlan, Region, Selection
+from kvcompile.kernels.render import render, write
+from kvcompile.kernels.spec import KernelSpec
+from tests.kernels.triton_interpreted.plans import ACC, H2O, PREFILL_END, STEP, attn, plan, reduce
+
+pytest.importorskip("triton")
+ARCHES = ("sm_80", "sm_89", "sm_90", "sm_100")
+OWN = ("decode", "columns", "keys", "pool", "select", "pack", "evict")
+# Which registers a kernel takes is the compiler's choice: another version spills elsewhere.
+pytestmark = pytest.mark.skipif(metadata.version("triton") != "3.7.1", reason="the constants are those of triton 3.7.1")
+
+
+def policies(dtype: str, size: int, group: int) -> Iterator[PolicyPlan]:
+    """A state that attention grows, in order and not; a window's columns, pooled and shared out; keys alone."""
+    facts = {"dtype": dtype, "head_dim": size, "group": group, "kv_heads": 8, "layers": 32}
+    recent, both = Region("recent", 0), (PREFILL_END, STEP)
+    last = Expr("pool", (reduce("mean", "g", reduce("sum", "q", attn("last", 64))),), ("max", 7))
+    norm = Expr("unary", (Expr("field", (), "k"),), "norm")
+    across = Selection("top", last, 1, scope="across", floor=Fraction(1, 5))
+    yield plan((recent, Selection("top", ACC, 1)), (H2O,), triggers=both, **facts)  # type: ignore[arg-type]
+    yield plan((recent, Selection("top", ACC, 1)), (H2O,), triggers=both, by_position=True, **facts)  # type: ignore[arg-type]
+    yield plan((recent, across), triggers=(PREFILL_END,), by_position=True, **facts)  # type: ignore[arg-type]
+    yield plan((recent, Selection("bottom", norm, 1)), triggers=(PREFILL_END,), **facts)  # type: ignore[arg-type]
+
+
+def compiled(
+    place: Path, dtype: str, size: int, group: int, arches: tuple[str, ...], templates: tuple[str, ...] = OWN
+) -> list[Resources]:
+    specs: dict[KernelSpec, PolicyPlan] = {}
+    for policy in policies(dtype, size, group):
+        specs |= {spec: policy for spec in specs_for(policy) if spec.template in templates}
+    paths = [write(render(s, header_for(p, s)), place / f"{s.name}_{s.digest()}.py") for s, p in specs.items()]
+    return [used for kernels in compile_apart(paths, arches).values() for used in kernels]
+
+
+def spilled(found: list[Resources]) -> list[str]:
+    assert found and all(used.registers > 0 for used in found)
+    return [used.line() for used in found if used.spill_stores or used.spill_loads or not used.fits]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "group", "arch"),
+    [
+        ("bfloat16", 128, 4, "sm_90"),
+        ("bfloat16", 128, 8, "sm_89"),
+        ("float16", 64, 1, "sm_80"),
+        ("float32", 96, 4, "sm_100"),
+    ],
+)
+def test_reading_kernels_do_not_spill(tmp_path: Path, dtype: str, size: int, group: int, arch: str) -> None:
+    assert spilled(compiled(tmp_path, dtype, size, group, (arch,), ("decode", "columns"))) == []
+
+
+def test_choosing_and_moving_kernels_do_not_spill(tmp_path: Path) -> None:
+    assert spilled(compiled(tmp_path, "bfloat16", 128, 4, ("sm_90",), ("select", "evict", "pack", "keys"))) == []
+
+
+@pytest.mark.parametrize("variant", ["softcap", "sinks sliding"])
+def test_variants_of_attention_compile_and_do_not_spill(tmp_path: Path, variant: str) -> None:
+    policy = next(policies("bfloat16", 96, 5))
+    asked = dict.fromkeys(variant.split(), True)
+    paths = []
+    for spec in (decode_spec(policy, **asked), state_spec(policy, H2O, **asked)):
+        assert spec is not None
+        paths.append(write(render(spec, header_for(policy, spec)), tmp_path / f"{spec.name}.py"))
+    assert spilled([used for kernels in compile_apart(paths, ("sm_90",)).values() for used in kernels]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_no_kernel_spills_anywhere(tmp_path: Path, dtype: str, size: int, group: int) -> None:
+    assert spilled(compiled(tmp_path, dtype, size, group, ARCHES)) == []
