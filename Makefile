@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 # Two workers with one thread each: the tests are small, and more threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-all bench systems gpu lint format venv clean
+.PHONY: demo test test-all bench systems gpu gpu-here gpu-test gpu-tune gpu-bench lint format venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/core  ## one long prompt and a table of 64 under several policies
@@ -22,16 +22,35 @@ test: $(STAMPS)/dev  ## what .ci/run runs; neither slow nor peer nor gpu tests
 test-all: $(STAMPS)/dev  ## the slow tests too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not peer and not gpu"
 
-bench: $(STAMPS)/core  ## decode on the CPU, side by side; KVC_PEER_PYTHON adds the peers
-	@$(BIN)/python benchmarks/decode_cpu.py
+bench: $(STAMPS)/dev  ## speed on the CPU, side by side, into benchmarks/results; KVC_PEER_PYTHON adds the peers
+	@for script in attention_cpu decode_cpu language footprint; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 systems: $(STAMPS)/dev  ## the README's table of systems, from what the property tests show
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/model -k test_p --record-systems tests/systems.json
 	@$(BIN)/python -m tests.systems_table --write
 
-gpu: $(STAMPS)/dev  ## everything that needs a GPU
-	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device here; nothing was run')"
-	@$(BIN)/python -m pytest -q -m gpu
+# Without a network: `make gpu GPU_PYTHON=python3` takes a Python that has what the package needs already.
+GPU_PYTHON  ?=
+GPU_RUN     := PYTHONPATH=$(CURDIR):$(PYTHONPATH) OMP_NUM_THREADS=1 $(if $(GPU_PYTHON),$(GPU_PYTHON),$(BIN)/python)
+GPU_OUT     ?= benchmarks/results
+GPU_TUNED   ?= kernels/tuned
+GPU_SECONDS ?= 540
+GPU_WORKERS ?= 6
+
+gpu: gpu-here  ## everything that needs a GPU: checks, tuning, benchmarks, each within ten minutes
+	@$(MAKE) --no-print-directory --keep-going gpu-test gpu-tune gpu-bench
+
+gpu-here: $(if $(GPU_PYTHON),,$(STAMPS)/dev)
+	@$(GPU_RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device here; nothing was run')"
+
+gpu-test: gpu-here  ## kernels, steps and graphs against the reference, on the device
+	@$(GPU_RUN) -m pytest -q -m gpu -n $(GPU_WORKERS) tests/gpu
+
+gpu-tune: gpu-here  ## launch constants of the shipped kernels, into kernels/tuned
+	@$(GPU_RUN) benchmarks/gpu/tune.py --seconds $(GPU_SECONDS) --into $(GPU_TUNED)
+
+gpu-bench: gpu-here  ## benchmarks/results/gpu.json, .md and .png; GPU_PARTS="decode model" chooses
+	@$(GPU_RUN) benchmarks/gpu --seconds $(GPU_SECONDS) --out $(GPU_OUT) $(if $(GPU_PARTS),--part $(GPU_PARTS))
 
 lint: $(STAMPS)/dev
 	@$(BIN)/ruff check .

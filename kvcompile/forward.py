@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from kvcompile.cache import KvCache
 from kvcompile.compiled import ATTENTION, Call, Layers, no_copies
+from kvcompile.cuda_graphs import AHEAD, StepGraphs
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.span import waits
@@ -23,7 +24,7 @@ from kvcompile.reserve import reserve_prefill
 from kvcompile.rotary import RopeTable
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
-from kvcompile.store import PagedStore, to_device
+from kvcompile.store import PagedStore, on_device, to_device
 from kvcompile.stub import StubCache
 
 
@@ -39,6 +40,7 @@ class Engine:
     scale: float
     compiled: bool
     rope: RopeTable | None = None  # where the policy turns keys by itself
+    graphs: StepGraphs | None = None  # where steps are replayed
 
 
 class OptimizedForward:
@@ -112,6 +114,8 @@ class OptimizedForward:
                 f"the model is {dtype} now, and was torch.{engine.plan.facts.dtype} when optimised: optimise it again"
             )
         cache = KvCache(engine.plan, tokens.shape[0], engine.paged, dtype, tokens.device)
+        if engine.graphs is not None:
+            cache.store.ahead = AHEAD
         self.run = cache.run
         return cache
 
@@ -202,20 +206,35 @@ class OptimizedForward:
         cache.run.before(pieces, store.lengths(), tokens.shape[1])
         # A piece of one token would specialise the graph of longer ones.
         compiled = engine.compiled and (phase == "step" or tokens.shape[1] > 1)
-        call = Call(phase, engine.site, store.sites(), compiled)
-        with Stopwatch(store.device, wait=phase != "step") as watch:
+        sites = store.sites()
+        evicts = phase == "step" and bool(fires.any())
+
+        def forward(tokens: Tensor, positions: Tensor) -> Any:
+            call = Call(phase, engine.site, sites, compiled)
             output = self.original(
                 **{name: tokens}, attention_mask=None, position_ids=positions, past_key_values=StubCache(),
                 use_cache=True, logits_to_keep=keep, return_dict=True, kvc=call, **kwargs,
             )  # fmt: skip
-            if phase == "step" and bool(fires.any()):
+            if evicts:
                 self._evict_opened(call)
-            parts = self._evict_span(call, fires, phase == "prefill.end")
+            return output
+
+        with on_device(store.device), Stopwatch(store.device, wait=phase != "step") as watch:
+            if phase == "step" and engine.graphs is not None and self._graphable(keep, kwargs):
+                output = engine.graphs.run(store, forward, tokens, positions, (name, keep, evicts))
+            else:
+                output = forward(tokens, positions)
+            parts = self._evict_span(Call(phase, engine.site, sites, compiled), fires, phase == "prefill.end")
         if parts is not None:
             sequences.measure(parts, pieces)
         sequences.advance(pieces, fires)
         cache.run.timed(watch.seconds, phase == "step", sum(p.new for p in pieces))
         return output
+
+    def _graphable(self, keep: int | Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether a step's output is its logits alone, however it was called."""
+        plain = isinstance(keep, int) and all(value is None or value is False for value in kwargs.values())
+        return plain and not _wants_hidden_states(self.model, kwargs)
 
     def _evict_opened(self, call: Call) -> None:
         """The launch after the last layer; layers that ran as anchors have evicted by themselves."""

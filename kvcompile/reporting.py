@@ -9,11 +9,13 @@ from torch import nn
 
 from kvcompile.api import optimized
 from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.status import runs_on
 
 KEYS = (
     "policy", "footprint", "peak", "kept", "bytes_resident", "bytes_allocated", "bytes_full", "bytes_peak", "lengths",
     "prefill_seconds", "decode_tokens_per_second", "ceiling", "evictions", "graph_breaks", "recompiles",
-    "footprint_by_head", "peak_by_head",
+    "cuda_graphs", "cuda_graph_replays", "footprint_by_head", "peak_by_head",
+    "runs_on",
 )  # fmt: skip
 
 
@@ -23,7 +25,8 @@ class Report:
 
     `lengths` [layer][KV head] are the first sequence's; footprint and peak are means over sequences, so are
     `footprint_by_head` and `peak_by_head` [layer][KV head]. The mean of the first over heads is `footprint`; each head
-    has its peak in a forward of its own, so the mean of the second is at least `peak`.
+    has its peak in a forward of its own, so the mean of the second is at least `peak`. `runs_on`:
+    what carried it out, in words: the backend, generated kernels or what runs in their place.
     """
 
     values: dict[str, Any]
@@ -51,7 +54,9 @@ class Report:
             f"speed              prefill {v['prefill_seconds']:.3f} s, "
             f"decode {v['decode_tokens_per_second']:.1f} tokens/s",
             f"                   memory traffic allows at most {v['ceiling']:.2f} times the full cache at equal batch",
-            f"graphs             {v['graph_breaks']} breaks, {v['recompiles']} recompiles",
+            f"runs on            {v['runs_on']}",
+            f"graphs             {v['graph_breaks']} breaks, {v['recompiles']} recompiles"
+            + (f"; CUDA: {v['cuda_graphs']} captured, {v['cuda_graph_replays']} replays" if v["cuda_graphs"] else ""),
         ]
         if v["evictions"]:
             lines.append("                   eviction is lossy: `kvcompile verify` measures what was lost")
@@ -64,12 +69,15 @@ def report(model: nn.Module) -> Report:
     run = state.forward.run
     if run is None:
         raise KvCompileError("nothing has run yet: call model.generate(...) first, then kvcompile.report(model)")
-    layers = state.forward.engine.layers
+    layers, graphs = state.forward.engine.layers, state.forward.engine.graphs
     values = {
         "policy": state.compiled.plan.name,
         **run.numbers(),
         "graph_breaks": len(layers.breaks),
         "recompiles": layers.recompiles,
+        "runs_on": runs_on(state.compiled.plan, state.backend),
+        "cuda_graphs": 0 if graphs is None else graphs.captured,
+        "cuda_graph_replays": 0 if graphs is None else graphs.replayed,
     }
     return Report({key: values[key] for key in KEYS})
 

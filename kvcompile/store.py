@@ -6,6 +6,8 @@ one pool of pages for all layers. Both hand out `layout.Site` lists and count th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ _POOLS = ("k", "v", "pos", "frozen", "state")
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`, without waiting for what the device is doing."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A block whose launches go to `device`: Triton takes the current one, wherever its arguments are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Pools:
@@ -61,6 +68,7 @@ class Store:
         self.scalar = torch.full((plan.scalars, facts.layers, self.rows), float("nan"), device=device)
         self.picked = torch.zeros(plan.picks, batch, facts.kv_heads, 0, dtype=torch.uint8, device=device)
         self.rope = torch.zeros(2, 0, facts.head_dim, device=device)
+        self.ahead = 0  # paged: entries that every row has room for beyond its bound, where moving the pool is dear
 
     @property
     def slot_bytes(self) -> int:
@@ -205,8 +213,9 @@ class PagedStore(Store):
         heads = self.plan.facts.kv_heads if any(t.scope == "across" for t in selections) else 1
         layers = self.plan.facts.layers if any(t.layers == "across" for t in selections) else 1
         uneven = heads * layers > 1
-        pages = int((-(-(self.upper + 1) // page)).sum()) + uneven * len(self.upper)
-        widest = -(-int(self.upper.max() + 1) // page) * heads * layers
+        room = self.upper + 1 + self.ahead
+        pages = int((-(-room // page)).sum()) + uneven * len(room)
+        widest = -(-int(room.max()) // page) * heads * layers
         if widest > self.table.shape[1]:
             extra = self.table.new_zeros(self.table.shape[0], widest - self.table.shape[1])
             self.table = torch.cat([self.table, extra], 1)

@@ -1,4 +1,4 @@
-"""On a CUDA device: the triton backend against the reference, and a decode step that never waits.
+"""On a CUDA device: the triton backend against the reference, and files that check and time themselves.
 
 Run by `make gpu`. Everything here is skipped by the default suite.
 """
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import kvcompile
+from kvcompile.kernels.triton_backend import attend, backend
 from tests.driving import LIBRARY, Sample, Sizes
 from tests.models import random_model, tokens
 
@@ -42,9 +43,12 @@ def generate(model: Any, backend: str, sample: Sample, folder: Path, compile: st
     return torch.stack(out.logits), kept
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("compile", ["off", "eager"])
-@pytest.mark.parametrize("name", LIBRARY)
+CASES = [(name, compile, torch.float32) for name in LIBRARY for compile in ("off", "eager")]
+CASES += [(name, "eager", torch.bfloat16) for name in LIBRARY]
+CASES += [(name, "eager", torch.float16) for name in ("keep_all", "h2o", "snapkv", "tova", "prulong")]
+
+
+@pytest.mark.parametrize(("name", "compile", "dtype"), CASES, ids=str)
 def test_triton_equals_the_reference(name: str, compile: str, dtype: torch.dtype, tmp_path: Path) -> None:
     sample = LIBRARY[name](SIZES)
     model = sample.model().to("cuda", dtype)
@@ -58,22 +62,18 @@ def test_triton_equals_the_reference(name: str, compile: str, dtype: torch.dtype
         assert (found[0] - expected[0]).abs().max() <= BOUNDS[dtype] * scale
 
 
-@pytest.mark.parametrize("name", ["keep_all", "streaming", "h2o", "snapkv", "tova", "prulong"])
-def test_a_step_waits_for_nothing(name: str, tmp_path: Path) -> None:
-    model = random_model("llama64").to("cuda")
-    sample = LIBRARY[name](SIZES)
-    kvcompile.optimize(model, sample.policy, backend="triton", compile="eager", **sample.options(tmp_path))
-    with torch.no_grad():
-        out = model(torch.tensor([tokens(200, seed=1)], device="cuda"), logits_to_keep=1)
-        step = out.logits[:, -1:].argmax(-1)
-        for _ in range(4):  # kernels are compiled, pools have grown
-            out = model(step, past_key_values=out.past_key_values, logits_to_keep=1)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(4):
-                out = model(step, past_key_values=out.past_key_values, logits_to_keep=1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+def test_a_long_prompt_by_torch_is_what_the_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.tensor([tokens(300, seed=1), tokens(300, seed=2)], device="cuda")
+    dense, found, taken = backend.dense, [], []
+    monkeypatch.setattr(backend, "dense", lambda *some: (taken.append(1), dense(*some))[1])
+    for long in (64, 1 << 30):
+        monkeypatch.setattr(attend, "LONG", long)
+        model = random_model("llama64").to("cuda", torch.bfloat16)
+        kvcompile.optimize(model, "keep_all", backend="triton")
+        with torch.no_grad():
+            found.append(model(ids).logits)
+    assert len(taken) == model.config.num_hidden_layers
+    assert (found[0] - found[1]).abs().max() <= BOUNDS[torch.bfloat16] * found[1].abs().max()
 
 
 @pytest.mark.parametrize("name", ["streaming", "h2o", "snapkv", "tova", "adakv", "knorm"])
