@@ -17,18 +17,24 @@ class Setting:
     """One measurement; sizes in tokens."""
 
     prompt: int = 16384
-    tokens: int = 24
-    warm_up: int = 2
+    tokens: int = 64
+    warm_up: int = 4
     threads: int = 2
     budget: int = 1638
     observe: int = 64
+    sink: int = 128
+    window: int = 1024
+    chunk: int = 2048
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
 
 
-def build_model(setting: Setting):
-    """The issue's random Llama: 4 layers, 16/4 heads, head_dim 64, float32; the same weights in every environment."""
+LAYERS, Q_HEADS, KV_HEADS = 4, 16, 4
+
+
+def build_model(setting: Setting, attention: str = "sdpa"):
+    """A random Llama: 4 layers, 16/4 heads, head_dim 64, float32; the same weights in every environment."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,14 +44,25 @@ def build_model(setting: Setting):
         vocab_size=512,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=Q_HEADS,
+        num_key_value_heads=KV_HEADS,
         head_dim=64,
         max_position_embeddings=2 * setting.prompt,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def bare_model(setting: Setting):
+    """The same model whose attention reads nothing and gives zeros of the right shape: what is left of a step."""
+    from transformers import AttentionInterface
+
+    def nothing(module, query, key, value, attention_mask, **_):
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3]), None
+
+    AttentionInterface.register("nothing", nothing)
+    return build_model(setting, "nothing")
 
 
 def prompt_ids(setting: Setting):
@@ -58,29 +75,37 @@ def prompt_ids(setting: Setting):
 def time_decode(model, setting: Setting, prefill) -> dict[str, object]:
     """Times `prefill(ids) -> (last logits, cache)` once and then each greedy step alone.
 
-    Positions are explicit, because a cache that dropped entries no longer tells the length of the text.
-    Gives seconds of the prefill, milliseconds of each step and their median, and the cache.
+    Positions are explicit, because a cache that dropped entries no longer tells the length of the text. After each step
+    the same token runs through the bare model, without a cache: what a step takes beyond that is its attention part.
+    Gives seconds of the prefill, milliseconds of each step and of each bare one, medians (of the steps, and of what
+    each takes beyond its bare one), and the cache.
     """
     import torch
 
-    ids = prompt_ids(setting)
+    ids, bare = prompt_ids(setting), bare_model(setting)
+    steps, rests = [], []
     with torch.no_grad():
         start = time.perf_counter()
         logits, cache = prefill(ids)
         prefill_seconds = time.perf_counter() - start
-        steps = []
         for i in range(setting.warm_up + setting.tokens):
             token = logits[:, -1:].argmax(-1)
             place = torch.tensor([[setting.prompt + i]])
             start = time.perf_counter()
             out = model(token, past_key_values=cache, position_ids=place)
-            steps.append((time.perf_counter() - start) * 1e3)
+            between = time.perf_counter()
+            bare(token, position_ids=place, use_cache=False)
+            steps.append((between - start) * 1e3)
+            rests.append((time.perf_counter() - between) * 1e3)
             logits = out.logits
-    timed = steps[setting.warm_up :]
+    timed, rest = steps[setting.warm_up :], rests[setting.warm_up :]
+    beyond = [step - bare_step for step, bare_step in zip(timed, rest, strict=True)]
     return {
         "prefill_seconds": round(prefill_seconds, 3),
         "step_ms": [round(ms, 3) for ms in timed],
+        "bare_ms": [round(ms, 3) for ms in rest],
         "median_ms": round(statistics.median(timed), 3),
+        "attention_ms": round(statistics.median(beyond), 3),
         "cache": cache,
     }
 

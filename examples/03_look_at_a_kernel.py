@@ -19,7 +19,7 @@ def main() -> None:
     made = kvcompile.inspect(model)
     print("the policy in the compiler's own words, as lowered:")
     print(made.ir(after="lower"))
-    print("its kernels, each a file that stands alone (python FILE --check compares it with its reference):")
+    print("its kernels, each a file that stands alone; the Triton ones check themselves (python FILE.py --check):")
     for name, kernel in made.kernels.items():
         print(f"  {name}\n    {kernel.path}")
     name, kernel = next(iter(made.kernels.items()))

@@ -146,13 +146,13 @@ def show_table(console: Console, asked: list[data.Prompt], outcomes: list[Outcom
 def show_kernels(console: Console, outcomes: list[Outcome]) -> None:
     console.rule("the kernels that were generated")
     files = {name: path for outcome in outcomes for name, path in outcome.kernels.items()}
+    console.print("for GPUs (.py, Triton) and for this processor (.cpp, built when first used):")
     for name, path in sorted(files.items()):
         console.print(f"  {name}\n    {path}", highlight=False, soft_wrap=True)
-    if not files:
-        return
-    name, path = min(files.items(), key=lambda item: (not item[0].startswith("decode"), item[0]))
+    triton = [item for item in files.items() if item[1].suffix == ".py"]
+    name, path = min(triton, key=lambda item: (not item[0].startswith("decode"), item[0]))
     policy = next(outcome.case.name for outcome in outcomes if name in outcome.kernels)
-    console.print("each is a file that stands alone; to look at one, check it, and see what it compiles to:")
+    console.print("each is a file that stands alone; to look at one, check one, and see what it compiles to:")
     console.print(f"  less {path}", highlight=False, soft_wrap=True)
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python

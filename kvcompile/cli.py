@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from kvcompile import __version__
+from kvcompile.cli_bench import bench
 from kvcompile.cli_check import check
 from kvcompile.cli_eval import evaluate
 from kvcompile.cli_export import export
@@ -49,7 +50,7 @@ def options(
     """Compile KV-cache policies."""
 
 
-for command in (check, fmt, explain, run, inspect, verify, kernels, learn, tune, export):
+for command in (check, fmt, explain, run, inspect, verify, kernels, learn, tune, bench, export):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -65,7 +65,7 @@ def evaluate(
         raise typer.BadParameter(_suites_there_are(), param_hint="--suite")
     params, files = shared.parameters(settings), shared.table_files(tables)
     backend = shared.choice(backend, ("auto", "reference", "cpu", "triton"), "--backend")
-    compile_how = shared.choice(compile_how, ("auto", "inductor", "eager", "off"), "--compile")
+    compile_how = shared.choice(compile_how, shared.COMPILE, "--compile")
 
     from kvcompile.evaluation.evaluate import cases_of
     from kvcompile.evaluation.evaluate import evaluate as evaluated

@@ -1,11 +1,12 @@
 """The commands that look at what the compiler made: inspect and kernels.
 
 Takes a policy and a local model folder; gives the plan, the IR after a pass, the rewritten graph, a kernel's
-source or what the offline compiler says of it. Guarantees: plan and IR are shown without reading weights.
+source or what a compiler says of it, the state of all kernels. Guarantees: only the graph reads weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,10 @@ def inspect(
     model: shared.ModelFolder,
     after: Annotated[str | None, typer.Option("--after", metavar="PASS", help="The IR after a pass, or graph.")] = None,
     kernel: Annotated[str | None, typer.Option("--kernel", metavar="NAME", help="The source of a kernel.")] = None,
-    arch: Annotated[str | None, typer.Option("--arch", metavar="ARCH", help="sm_80, sm_90 or sm_100.")] = None,
+    arch: Annotated[
+        str | None, typer.Option("--arch", metavar="ARCH", help="sm_80, sm_90, sm_100; for C++ native.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU to predict for.")] = None,
     name: shared.PolicyName = None,
     settings: shared.Settings = None,
     tables: shared.Tables = None,
@@ -30,8 +34,9 @@ def inspect(
     as_json: shared.AsJson = False,
 ) -> None:
     """Show what the compiler made of a policy."""
-    if arch is not None and kernel is None:
-        raise typer.BadParameter("--arch goes with --kernel NAME", param_hint="--arch")
+    for option, value in (("--arch", arch), ("--gpu", gpu)):
+        if value is not None and kernel is None:
+            raise typer.BadParameter(f"{option} goes with --kernel NAME", param_hint=option)
     if after is not None and kernel is not None:
         raise typer.BadParameter("give --after or --kernel, not both", param_hint="--after")
     options = shared.use_options(name, settings, tables, backend, compile_how)
@@ -41,7 +46,7 @@ def inspect(
     elif after is not None:
         _show(after, _module(policy, model, options, after), as_json)
     elif kernel is not None:
-        _show_kernel(_artifacts(policy, model, options), kernel, arch, as_json)
+        _show_kernel(_compiled(policy, model, options).plan, kernel, arch, gpu, as_json)
     else:
         _show_all(policy, model, options, as_json)
 
@@ -49,20 +54,29 @@ def inspect(
 def kernels(
     policy: Annotated[str | None, typer.Argument(metavar="[POLICY]", help="A .kvp file, or a library name.")] = None,
     model: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="A model folder.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Whose tuned constants to look up.")] = None,
+    build: Annotated[bool, typer.Option("--build", help="Compile the C++ kernels that are not built.")] = False,
     name: shared.PolicyName = None,
     settings: shared.Settings = None,
     tables: shared.Tables = None,
     as_json: shared.AsJson = False,
 ) -> None:
-    """List kernel files: those of a policy on a model, or all there are."""
+    """List a policy's kernels with their status, or all kernel files there are."""
     if (policy is None) != (model is None):
         raise typer.BadParameter("POLICY and --model go together: kernels depend on both", param_hint="--model")
     if policy is None or model is None:
-        found = {f"{path.parent.name}/{path.stem}": path for path in _kernel_files()}
-    else:
-        options = shared.use_options(name, settings, tables, "auto", "off")
-        shared.check_first(policy, options)
-        found = {key: kernel.path for key, kernel in _artifacts(policy, model, options).kernels.items()}
+        if gpu is not None or build:
+            raise typer.BadParameter("goes with POLICY and --model", param_hint="--build" if build else "--gpu")
+        _list_files(as_json)
+        return
+    options = shared.use_options(name, settings, tables, "auto", "off")
+    shared.check_first(policy, options)
+    _list_kernels(policy, model, options, gpu, build, as_json)
+
+
+def _list_files(as_json: bool) -> None:
+    """The files of all policies."""
+    found = {f"{path.parent.name}/{path.stem}": path for path in _kernel_files()}
     if as_json:
         shared.print_json({key: str(path) for key, path in found.items()})
         return
@@ -70,13 +84,67 @@ def kernels(
     for key, path in sorted(found.items()):
         typer.echo(f"{key:<{width}}  {path}")
     if not found:
-        typer.echo("no kernels: this policy needs none, or none were generated yet", err=True)
+        typer.echo("no kernels were generated yet", err=True)
 
 
 def _kernel_files() -> list[Path]:
-    from kvcompile.kernels.render import folder
+    from kvcompile.kernels.render import SUFFIX, folder
 
-    return sorted(folder("any", "").parent.glob("*/*.py"))
+    place = folder("any", "").parent
+    return sorted(path for suffix in SUFFIX.values() for path in place.glob(f"*/*.{suffix}"))
+
+
+def _list_kernels(
+    policy: str, model: Path, options: dict[str, Any], gpu: str | None, build: bool, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from kvcompile.kernels import status
+
+    device = _gpu(gpu)
+    plan = _compiled(policy, model, options).plan
+    with shared.progress("compiling C++ kernels" if build else "rendering kernels"):
+        rows = status.rows(plan, device, build=build)
+    missing = status.missing(plan)
+    if as_json:
+        facts = {"policy": plan.name, "gpu": device.name, "cpu": status.runs_on(plan, "cpu")}
+        found = {"kernels": [asdict(row) for row in rows], "without_kernel": [asdict(what) for what in missing]}
+        shared.print_json(facts | found)
+        return
+    if rows:
+        shared.print_table(
+            ("kernel", "target", "status", "for"),
+            [(row.name, row.target, row.status, row.purpose) for row in rows],
+        )
+        typer.echo(f"files in {rows[0].path.parent}")
+        for line in _reasons(rows):
+            typer.echo(line)
+    for what in missing:
+        typer.echo(what.line())
+    typer.echo(status.runs_on(plan, "cpu"))
+
+
+def _reasons(rows: Iterable[Any]) -> Iterator[str]:
+    """Why kernels have their status: each reason once, with its kernels where not all of that status share it."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        found.setdefault((row.target, row.status), {}).setdefault(row.reason, []).append(row.name)
+    for (_, status), reasons in found.items():
+        for reason, names in reasons.items():
+            if reason:
+                yield f"{status if len(reasons) == 1 else ', '.join(names)}: {reason}"
+
+
+def _gpu(name: str | None) -> Any:
+    """The GPU whose constants are looked up: the one named, else the one here, else that of the headers."""
+    import torch
+
+    from kvcompile.kernels.gpus import gpu, of_device
+    from kvcompile.kernels.headers import Sizes
+
+    if name is not None:
+        return gpu(name)
+    return of_device() if torch.cuda.is_available() else Sizes().gpu
 
 
 def _compiled(policy: str, model: Path, options: dict[str, Any]) -> Any:
@@ -87,15 +155,6 @@ def _compiled(policy: str, model: Path, options: dict[str, Any]) -> Any:
     facts = model_facts(shared.load_config(model))
     chosen = {key: options[key] for key in ("name", "tables")}
     return compile_policy(policy, facts, **chosen, **shared.policy_parameters(options))
-
-
-def _artifacts(policy: str, model: Path, options: dict[str, Any]) -> Any:
-    """What `kvcompile.inspect` gives of the policy on the loaded model."""
-    from kvcompile.api import optimize
-    from kvcompile.inspection import inspect as inspected
-
-    with shared.progress("loading the model"):
-        return inspected(optimize(shared.load_model(model), policy, **options))
 
 
 def _module(policy: str, model: Path, options: dict[str, Any], after: str) -> str:
@@ -126,45 +185,45 @@ def _show(key: str, text: str, as_json: bool) -> None:
         typer.echo(text)
 
 
-def _show_kernel(art: Any, name: str, arch: str | None, as_json: bool) -> None:
+def _show_kernel(plan: Any, name: str, arch: str | None, gpu: str | None, as_json: bool) -> None:
+    from kvcompile.inspection import kernels_of
     from kvcompile.kernels.errors import KvCompileError
+    from kvcompile.kernels.gpus import gpu as gpu_facts
 
-    if name not in art.kernels:
-        known = ", ".join(sorted(art.kernels)) or "none"
-        raise KvCompileError(f"--kernel {name}: no such kernel; this policy has {known}")
-    kernel = art.kernels[name]
+    known = kernels_of(plan)
+    if name not in known:
+        raise KvCompileError(f"--kernel {name}: no such kernel; this policy has {', '.join(known) or 'none'}")
+    kernel = known[name]
+    if gpu is not None and arch is None:
+        arch = gpu_facts(gpu).arch
     if arch is None:
         _show("source", kernel.source, as_json)
         return
-    from kvcompile.kernels.offline import compile_apart
-
     with shared.progress(f"compiling for {arch}"):
-        needs = compile_apart([Path(kernel.path)], [arch])[Path(kernel.path).stem]
+        account = kernel.resources(arch, gpu)
     if as_json:
-        shared.print_json([_without_ptx(need) for need in needs])
+        shared.print_json(account.to_dict())
     else:
-        for need in needs:
-            typer.echo(need.line())
-
-
-def _without_ptx(need: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {key: value for key, value in asdict(need).items() if key != "ptx"}
+        typer.echo("\n".join(account.lines()))
 
 
 def _show_all(policy: str, model: Path, options: dict[str, Any], as_json: bool) -> None:
     from kvcompile.cli_plan import plan_lines
-    from kvcompile.kernels.choose import specs_for, unprintable
+    from kvcompile.kernels.choose import specs_for
+    from kvcompile.kernels.cpp_backend.library import cpp_names
+    from kvcompile.kernels.status import missing, runs_on
 
     compiled = _compiled(policy, model, options)
     plan = list(plan_lines(compiled.plan))
     passes = [*compiled.modules, GRAPH]
-    names = [spec.name for spec in specs_for(compiled.plan)]
-    missing = unprintable(compiled.plan)
+    names = [*(spec.name for spec in specs_for(compiled.plan)), *cpp_names(compiled.plan)]
+    lacks = missing(compiled.plan)
+    cpu = runs_on(compiled.plan, "cpu")
     if as_json:
-        facts = {"plan": plan, "passes": passes, "kernels": names, "without_kernel": missing}
-        shared.print_json({"policy": compiled.plan.name, **facts})
+        without = {target: [what.what for what in lacks if what.target == target] for target in ("triton", "c++")}
+        facts = {"plan": plan, "passes": passes, "kernels": names, "without_kernel": without["triton"]}
+        more = {"without_cpp": without["c++"], "cpu": cpu}
+        shared.print_json({"policy": compiled.plan.name, **facts, **more})
         return
     for source in compiled.resolved.sources:
         typer.echo(f"# {source.name}\n{source.text.rstrip()}\n")
@@ -172,5 +231,6 @@ def _show_all(policy: str, model: Path, options: dict[str, Any], as_json: bool) 
         typer.echo(line)
     typer.echo(f"\npasses (--after NAME): {', '.join(passes)}")
     typer.echo(f"kernels (--kernel NAME): {', '.join(names) or 'none'}")
-    for reason in missing:
-        typer.echo(f"no Triton kernel yet: {reason}")
+    for what in lacks:
+        typer.echo(what.line())
+    typer.echo(cpu)

@@ -6,6 +6,7 @@ Guarantees: torch and transformers are imported by a command that needs them, no
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
@@ -65,11 +66,11 @@ def run(
     from kvcompile.reporting import report
 
     asked = {"attention_mask": ids.new_ones(ids.shape), "max_new_tokens": max_new_tokens, "do_sample": False}
-    with (
-        shared.progress(f"{ids.shape[1]} prompt tokens, up to {max_new_tokens} new ones"),
-        use(decoder, policy, **options),
-    ):
-        new = decoder.generate(ids, **asked)[0, ids.shape[1] :]
+    with ExitStack() as stack:
+        with shared.progress("compiling the policy and its kernels"):
+            stack.enter_context(use(decoder, policy, **options))
+        with shared.progress(f"{ids.shape[1]} prompt tokens, up to {max_new_tokens} new ones"):
+            new = decoder.generate(ids, **asked)[0, ids.shape[1] :]
         measured = report(decoder)
     answer = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:

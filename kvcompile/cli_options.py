@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,8 @@ PolicyName = Annotated[
     str | None, typer.Option("--name", metavar="POLICY", help="Which policy of a file that holds several.")
 ]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, reference, cpu or triton.")]
-Compile = Annotated[str, typer.Option("--compile", metavar="HOW", help="auto, inductor, eager or off.")]
+COMPILE = ("auto", "inductor", "eager", "off", "cudagraph", "cudagraph+inductor")
+Compile = Annotated[str, typer.Option("--compile", metavar="HOW", help="auto, inductor, eager, off or cudagraph.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[
@@ -169,6 +171,29 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, figures: bool = False) -> None:
+    """A table as wide as the terminal; in a pipe as wide as it needs to be, so that no word is cut.
+
+    figures: all columns but the first hold numbers, and stand to the right.
+    """
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right" if figures else "left"
+    for row in rows:
+        table.add_row(*row)
+    shown = sys.stdout.isatty()
+    console = Console(file=io.StringIO(), width=Console().width if shown else 1000, markup=False, highlight=False)
+    console.print(table)
+    for line in console.file.getvalue().splitlines():  # type: ignore[attr-defined]
+        typer.echo(line.rstrip())
+
+
 def use_options(
     name: str | None, settings: list[str] | None, tables: list[str] | None, backend: str, compile_how: str
 ) -> dict[str, Any]:
@@ -177,7 +202,7 @@ def use_options(
         "name": name,
         "tables": table_files(tables),
         "backend": choice(backend, ("auto", "reference", "cpu", "triton"), "--backend"),
-        "compile": choice(compile_how, ("auto", "inductor", "eager", "off"), "--compile"),
+        "compile": choice(compile_how, COMPILE, "--compile"),
         **parameters(settings),
     }
 

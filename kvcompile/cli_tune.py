@@ -7,7 +7,6 @@ analytic; nothing is written where something failed.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,13 +34,14 @@ def tune(
     options = shared.use_options(name, settings, tables, "auto", "off")
     shared.check_first(policy, options)
     place = _gpu(effort, gpu)
+    from kvcompile.kernels import offline
     from kvcompile.kernels.headers import Sizes
     from kvcompile.kernels.tuning_search import search
     from kvcompile.kernels.tuning_store import save
 
     plan = _plan(policy, model, options)
     timer = _timer() if effort != "none" else None
-    compiles = find_spec("triton") is not None
+    compiles = offline.has_triton()
     if not compiles:
         typer.echo("Triton is not installed: registers and spills are guessed, not compiled", err=True)
     found = search(plan, Sizes(batch, tokens, place), effort, timer, lambda what: typer.echo(what, err=True), compiles)

@@ -7,7 +7,7 @@ kernels as files. Nothing here runs the model; kernels are rendered, not compile
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -16,29 +16,76 @@ from torch import nn
 
 from kvcompile.api import Optimized, optimized
 from kvcompile.dsl.printer import text
+from kvcompile.kernels.account import Account, CppAccount, gpu_of
 from kvcompile.kernels.choose import unprintable
+from kvcompile.kernels.cpp_backend.assembly import assembly, machine
+from kvcompile.kernels.cpp_backend.library import write_cpp
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.kernels.offline import Resources, compile_apart
+from kvcompile.kernels.gpus import gpu as gpu_facts
+from kvcompile.kernels.headers import Sizes, header_for
+from kvcompile.kernels.offline import ARCHES, compile_apart
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.spec import LAUNCH, KernelSpec
+from kvcompile.kernels.status import runs_on
 from kvcompile.kernels.triton_backend.library import write_kernels
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One generated Triton file. `config`: the facts that it is specialised on."""
+    """One generated file. `config`: the facts that it is specialised on; `target`: triton or c++."""
 
     name: str
     path: Path
     source: str
     config: dict[str, object]
+    target: str
+    plan: PolicyPlan = field(repr=False)
+    spec: KernelSpec = field(repr=False)
 
-    def resources(self, arch: str) -> tuple[Resources, ...]:
-        """What the offline compiler makes of it for sm_80, sm_90 or sm_100; no GPU is needed."""
-        return compile_apart([self.path], [arch])[self.path.stem]
+    def resources(self, arch: str, gpu: str | None = None) -> Account | CppAccount:
+        """What a processor gives for it: registers, spills, shared memory, occupancy, bytes, predicted time.
+
+        arch: sm_80, sm_90 or another that Triton compiles for, no GPU is needed; `native` for C++, this machine.
+        gpu: whose figures to predict with, by default a typical one of the architecture.
+
+        Raises:
+            KvCompileError: an unknown or unfit architecture or GPU; no Triton, no C++ compiler.
+        """
+        if self.target == "c++":
+            if arch != "native" or gpu is not None:
+                raise KvCompileError(f"{self.name} is C++ for this machine: its arch is native, and it has no GPU")
+            return CppAccount(self.name, machine(self.assembly()), header_for(self.plan, self.spec, target="cpp"))
+        if arch == "native":
+            raise KvCompileError(f"{self.name} is a Triton kernel: its arch is a GPU's, {', '.join(ARCHES)}")
+        chosen = gpu_of(arch, None if gpu is None else gpu_facts(gpu))
+        functions = compile_apart([self.path], [arch])[self.path.stem]
+        sizes = Sizes() if chosen is None else Sizes(gpu=chosen)
+        dtype = str(self.config.get("dtype", "float32"))
+        return Account(self.name, dtype, arch, functions, header_for(self.plan, self.spec, sizes), chosen)
 
     def ptx(self, arch: str) -> str:
-        """The PTX of its functions, one after the other."""
-        return "\n".join(found.ptx for found in self.resources(arch))
+        """The PTX of a Triton kernel's functions, one after the other."""
+        if self.target == "c++":
+            raise KvCompileError(f"{self.name} is C++ and has no PTX: see .assembly()")
+        return "\n".join(found.ptx for found in compile_apart([self.path], [arch])[self.path.stem])
+
+    def assembly(self) -> str:
+        """The assembly of a C++ kernel, as this machine's compiler makes it. NoCompiler where there is none."""
+        if self.target == "triton":
+            raise KvCompileError(f"{self.name} is a Triton kernel and has no assembly of a CPU: see .ptx(arch)")
+        return assembly(self.source)
+
+
+def kernels_of(plan: PolicyPlan) -> dict[str, Kernel]:
+    """A plan's kernels by name, Triton's first, rendered into the cache folder; C++ ones end in `_cpp`."""
+    found: dict[str, Kernel] = {}
+    for name, file in sorted(write_kernels(plan).items()):
+        config: dict[str, object] = dict(file.spec.facts)
+        found[name] = Kernel(name, file.path, file.source, config, "triton", plan, file.spec)
+    for name, cpp in sorted(write_cpp(plan).items()):
+        config = {key: value for key, value in cpp.spec.facts if key not in LAUNCH}
+        found[name] = Kernel(name, cpp.path, cpp.source, config, "c++", plan, cpp.spec)
+    return found
 
 
 class Artifacts:
@@ -94,16 +141,18 @@ class Artifacts:
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
-        """The policy's Triton kernels by name; rendered into the cache folder at the first look."""
-        files = write_kernels(self.plan)
-        return {
-            name: Kernel(name, file.path, file.source, dict(file.spec.facts)) for name, file in sorted(files.items())
-        }
+        """The policy's kernels of both targets by name; rendered into the cache folder at the first look."""
+        return kernels_of(self.plan)
 
     @property
     def unprintable(self) -> tuple[str, ...]:
-        """What of the policy has no Triton form, and so runs as the reference on every backend."""
+        """What of the policy has no Triton form, and so runs as the reference on a GPU."""
         return unprintable(self.plan)
+
+    @property
+    def runs_on(self) -> str:
+        """What carries out the policy on the model's backend: generated kernels, packed SDPA, torch."""
+        return runs_on(self.plan, self._state.backend)
 
 
 def inspect(model: nn.Module) -> Artifacts:

@@ -357,7 +357,7 @@ def test_kernels_are_listed_and_shown(
     assert (code, out) == (0, "") and "no kernels" in err
     code, out, err = run(capsys, "kernels", "snapkv", "--model", folder, *SNAPKV, "--json")
     assert code == 0, err
-    files = json.loads(out)
+    files = {kernel["name"]: kernel["path"] for kernel in json.loads(out)["kernels"]}
     name = next(key for key in files if key.startswith("decode"))
     code, out, _ = run(capsys, "inspect", "snapkv", "--model", folder, *SNAPKV, "--kernel", name)
     assert code == 0 and out.rstrip() == Path(files[name]).read_text().rstrip()

@@ -10,7 +10,7 @@ import pytest
 
 from kvcompile import cli_tune
 from kvcompile.cli import main
-from kvcompile.kernels import tuning_rank, tuning_search
+from kvcompile.kernels import offline, tuning_rank, tuning_search
 from kvcompile.kernels.gpus import GPUS
 from kvcompile.kernels.offline import Resources
 from kvcompile.kernels.spec import KernelSpec
@@ -103,7 +103,7 @@ def test_a_device_is_timed(
 def test_no_triton_means_no_compiler_and_says_so(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_tune, "find_spec", lambda name: None)
+    monkeypatch.setattr(offline, "has_triton", lambda: False)
     monkeypatch.setattr(tuning_search, "compile_space", lambda *_: pytest.fail("compiled without Triton"))
     code, out, err = run(capsys, "streaming", "--model", folder, "--gpu", "B200", "--effort", "none")
     assert code == 0 and "Triton is not installed" in err and "not compiled" in out

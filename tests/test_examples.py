@@ -126,6 +126,9 @@ def test_the_demo_shows_who_remembers(run) -> None:
     assert all(held[name] < 0.4 * held["keep_all"] for name in held if name != "keep_all")
     files = [Path(line.strip()) for line in out.splitlines() if re.fullmatch(r"\s+/\S+\.py", line)]
     assert files and all(path.is_file() for path in files)
+    checked = re.search(r"^  \S+ (\S+) --check --bench$", out, re.MULTILINE)[1]  # only Triton files can do that
+    name = re.search(r"--kernel (\S+) --arch sm_90$", out, re.MULTILINE)[1]
+    assert Path(checked) in files and Path(checked).stem == name
 
 
 def test_ablation_finds_the_head_that_the_shipped_table_names(run, tmp_path: Path) -> None:
