@@ -29,6 +29,7 @@ class KvCache(Cache):
         self.batch = batch
         self.columns = 0  # columns of input_ids seen so far, padding included: what generate() counts
         self.store = (PagedStore if paged else ExtentStore)(plan, batch, dtype, device)
+        self.loose = False  # whether entries have gone, or come from a prompt, since the store was settled
         self.sequences = Sequences(plan, batch)
         self.run = Run(plan, self.store, batch)
         weakref.finalize(self, self.run.close).atexit = False

@@ -42,6 +42,11 @@ class Engine:
     rope: RopeTable | None = None  # where the policy turns keys by itself
     graphs: StepGraphs | None = None  # where steps are replayed
 
+    @functools.cached_property
+    def waiting(self) -> dict[bool, list[int]]:
+        """The classes that are decided after the last layer, of a step and of a piece."""
+        return {step: list(waits(self.plan, step)) for step in (True, False)}
+
 
 class OptimizedForward:
     """Callable in place of `model.forward`, with the same signature."""
@@ -86,7 +91,9 @@ class OptimizedForward:
                 _refuse_pieces(self.engine.plan, columns, tokens.shape[1])
             output = self._forward(tokens, columns, cache, logits_to_keep, kwargs, input_ids is None)
             cache.columns += tokens.shape[1]
-            cache.store.settle()
+            if cache.loose:
+                cache.store.settle()
+                cache.loose = False
             output.past_key_values = cache if use_cache is not False else None
             if labels is not None:
                 loss = self.model.loss_function(output.logits, labels, self.model.config.vocab_size, **kwargs)
@@ -225,6 +232,7 @@ class OptimizedForward:
             else:
                 output = forward(tokens, positions)
             parts = self._evict_span(Call(phase, engine.site, sites, compiled), fires, phase == "prefill.end")
+        cache.loose |= phase != "step" or evicts
         if parts is not None:
             sequences.measure(parts, pieces)
         sequences.advance(pieces, fires)
@@ -250,7 +258,7 @@ class OptimizedForward:
     def _evict_span(self, call: Call, fires: Tensor, ends: bool) -> Tensor | None:
         """Decisions that wait for the last layer, however the layers ran; gives measured shares where prompts end."""
         plan = self.engine.plan
-        waiting = list(waits(plan, call.phase == "step"))
+        waiting = self.engine.waiting[call.phase == "step"]
         measures = ends and any(share.measured for share in plan.shares)
         if not measures and not (waiting and bool(fires[waiting].any())):
             return None

@@ -39,14 +39,11 @@ class Pools:
         self.pos = torch.empty(slots, dtype=torch.int32, device=device)
         self.frozen = torch.empty(slots, dtype=torch.uint8, device=device)
         self.state = torch.empty(len(plan.states), slots, dtype=torch.float32, device=device)
+        self.nbytes = sum(getattr(self, name).untyped_storage().nbytes() for name in _POOLS)
 
     @property
     def slots(self) -> int:
         return self.k.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, name).untyped_storage().nbytes() for name in _POOLS)
 
 
 class Store:
@@ -117,6 +114,7 @@ class ExtentStore(Store):
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
         self.pools = [Pools(plan, 0, dtype, device) for _ in range(layers)]
         self.transient = 0  # largest old pool that stood beside its successor while entries moved
+        self._room = 0  # steps for which every row surely has room; 0: not known
 
     def site(self, layer: int) -> Site:
         pool = self.pools[layer]
@@ -128,6 +126,7 @@ class ExtentStore(Store):
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
         """Make the layer's pool large enough for rows of so many entries (their sum is what counts)."""
+        self._room = 0
         slots = sum(extent(b) for b in bounds)
         lengths = self.length[layer].tolist()
         slots = max(slots, sum(extent(n) for n in lengths if n))
@@ -136,7 +135,14 @@ class ExtentStore(Store):
 
     def reserve_step(self, active: Tensor) -> None:
         """Room for one more entry in every row of the active sequences, bool [batch]."""
-        full = (self.length >= self.table[:, :, 1]) & active.repeat_interleave(self.plan.facts.kv_heads)
+        if self._room > 0:  # a step adds one entry a row
+            self._room -= 1
+            return
+        room = self.table[:, :, 1] - self.length
+        self._room = int(room.min()) - 1
+        if self._room >= 0:
+            return
+        full = (room <= 0) & active.repeat_interleave(self.plan.facts.kv_heads)
         if not bool(full.any()):
             return
         for layer in full.any(1).nonzero().flatten().tolist():
@@ -146,7 +152,8 @@ class ExtentStore(Store):
             repack(self.site(layer), dict(enumerate(need)))
 
     def settle(self) -> None:
-        """After a forward: rows that shrank leave their room to others, layers that evicted most give memory back."""
+        """After entries went: rows that shrank leave their room to others, layers that evicted most give memory back."""
+        self._room = 0
         loose = self.table[:, :, 1] - self.length > self.length // 32 + 2 * SLACK
         for layer, row in loose.nonzero().tolist():
             self.table[layer, row, 1] = extent(int(self.length[layer, row]))
