@@ -77,7 +77,7 @@ def plot(found: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4.4), squeeze=False, layout="constrained")
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         here = [s for s in sections if s["dtype"] == dtype]
         for name in dict.fromkeys(name for s in here for name in s["rows"]):
@@ -89,8 +89,7 @@ def plot(found: dict[str, Any], path: Path) -> bool:
         ticks = sorted({s["entries"] for s in here})
         panel.set_xticks(ticks, [str(n) for n in ticks])
         panel.minorticks_off()
-    panels[0][-1].legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True

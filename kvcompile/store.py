@@ -152,7 +152,7 @@ class ExtentStore(Store):
             repack(self.site(layer), dict(enumerate(need)))
 
     def settle(self) -> None:
-        """After entries went: rows that shrank leave their room to others, layers that evicted most give memory back."""
+        """After entries went: rows that shrank leave room to others, layers that evicted most give memory back."""
         self._room = 0
         loose = self.table[:, :, 1] - self.length > self.length // 32 + 2 * SLACK
         for layer, row in loose.nonzero().tolist():
