@@ -37,7 +37,8 @@ def attention(spec: KernelSpec) -> dict[str, bool]:
     return {name: bool(facts.get(name)) for name in VARIANTS}
 
 
-def _formulas(spec: KernelSpec) -> dict[str, Expr]:
+def expressions(spec: KernelSpec) -> dict[str, Expr]:
+    """The holes of a spec that are formulas, by name."""
     return {name: hole for name, hole in spec.holes if isinstance(hole, Expr)}
 
 
@@ -50,7 +51,7 @@ def _state_names(spec: KernelSpec) -> list[str]:
 
 
 def _decode(spec: KernelSpec) -> Context:
-    formulas, states = _formulas(spec), _state_names(spec)
+    formulas, states = expressions(spec), _state_names(spec)
     inits = [init_hole(name, formulas[f"init {name}"]) for name in states]
     grown = [name for name in states if f"add {name}" in formulas]
     updates = [step_hole(name, formulas[f"add {name}"], states.index(name)) for name in grown]
@@ -118,7 +119,7 @@ def _prefill(spec: KernelSpec) -> Context:
 
 
 def _evict(spec: KernelSpec) -> Context:
-    formulas, texts, states = _formulas(spec), _texts(spec), _state_names(spec)
+    formulas, texts, states = expressions(spec), _texts(spec), _state_names(spec)
     made = _selection(spec)
     negate = spec.fact("rank") == "bottom"
     judged = row_hole(formulas["row"], negate=negate) if made["select"] else None
@@ -128,7 +129,7 @@ def _evict(spec: KernelSpec) -> Context:
     uses = judged.uses if judged else frozenset()
     return made | {
         "formulas": tuple(
-            ([("kept", regions.replace("at_now", "now"))] if regions != "at < -1" else [])
+            ([("kept", regions.replace("at_now", "now"))] if regions != "(at < 0)" else [])
             + ([("score", ("-" if negate else "") + spell(formulas["row"]))] if judged else [])
             + [(f"n{index}", says) for index, says in used]
         ),
@@ -206,7 +207,7 @@ _FOLD = {
 
 
 def _columns(spec: KernelSpec) -> Context:
-    formulas = _formulas(spec)
+    formulas = expressions(spec)
     q_fn, g_fn = str(spec.fact("over_q")), str(spec.fact("over_g"))
     reach = {("evidence", "attn"): "p", ("evidence", "logit"): "logit", ("field", "pos"): "pos_i"}
     pre = print_hole("pre", formulas["pre"], reach, layout="iq", leaf_axes={"p": "iq", "logit": "iq"})
@@ -240,7 +241,7 @@ def _fold_tile(fn: str, pre: Expr) -> str:
 
 
 def _keys(spec: KernelSpec) -> Context:
-    formula = _formulas(spec)["formula"]
+    formula = expressions(spec)["formula"]
     reach = {("field", "k"): "kt", ("field", "pos"): "pos_i"}
     size = spec.number("head_dim")
     tile = Axis("D", "real" if padded(size) > size else None)  # channels that pad a tile enter no reduction
@@ -252,7 +253,7 @@ def _keys(spec: KernelSpec) -> Context:
 
 
 def _pool(spec: KernelSpec) -> Context:
-    formulas, kind = _formulas(spec), str(spec.fact("kind"))
+    formulas, kind = expressions(spec), str(spec.fact("kind"))
     near = {("tile", "0"): "near_score", ("field", "pos"): "near_pos"}
     own = {("tile", "0"): "score_i", ("tile", "pooled"): "pooled", ("field", "pos"): "pos_i"}
     made: Context = {"formulas": (("score", spell(formulas["whole"])),), "inner": None, "average": kind == "avg"}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from kvcompile.kernels import contexts
-from kvcompile.kernels.contexts import LOG2E, Context
+from kvcompile.kernels.contexts import LOG2E, Context, expressions
 from kvcompile.kernels.holes import init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import Axis
@@ -30,7 +30,7 @@ def context(spec: KernelSpec) -> Context:
 
 
 def _decode(spec: KernelSpec) -> Context:
-    facts, formulas = dict(spec.facts), {name: hole for name, hole in spec.holes if isinstance(hole, Expr)}
+    formulas = expressions(spec)
     states = str(spec.fact("state_names")).split()
     inits = [init_hole(name, formulas[f"init {name}"], CPP) for name in states]
     grown = [name for name in states if f"add {name}" in formulas]
@@ -48,7 +48,7 @@ def _decode(spec: KernelSpec) -> Context:
         "scores": bool(updates or score),
         "uses": uses | ({"pos_i", "now_b_value"} if "age" in uses else set()),
         "state_loads": [(name, states.index(name)) for name in read],
-        **{name: bool(facts.get(name)) for name in ("softcap", "sinks", "sliding")},
+        **_variant(spec),
     }
 
 
@@ -60,12 +60,30 @@ _JOIN = {
 }
 
 
-def _evict(spec: KernelSpec) -> Context:
-    facts, holes = dict(spec.facts), dict(spec.holes)
-    scope, join, bottom = str(spec.fact("scope")), str(spec.fact("join")), spec.fact("rank") == "bottom"
+def _variant(spec: KernelSpec) -> Context:
+    facts = dict(spec.facts)
+    return {name: bool(facts.get(name)) for name in ("softcap", "sinks", "sliding")}
+
+
+def _selection(spec: KernelSpec) -> Context:
+    """Facts of a selection that evict and select share."""
+    scope, join = str(spec.fact("scope")), str(spec.fact("join"))
     fraction, floor = ([int(x) for x in str(spec.fact(name)).split("/")] for name in ("fraction", "floor"))
+    return {
+        "select": None if scope == "none" else {"fraction": fraction, "floor": floor},
+        "wanted": "0" if fraction[1] else f"is.n{spec.fact('count')}",
+        "shared": scope == "shared",
+        "join": join,
+        "join_start": _JOIN[join][0],
+        "join_step": _JOIN[join][1],
+    }
+
+
+def _evict(spec: KernelSpec) -> Context:
+    holes, chosen = dict(spec.holes), _selection(spec)
+    bottom = spec.fact("rank") == "bottom"
     row, regions = holes.get("row"), str(holes["regions"])
-    judged = row_hole(row, CPP, bottom) if isinstance(row, Expr) and scope != "none" else None
+    judged = row_hole(row, CPP, bottom) if isinstance(row, Expr) and chosen["select"] else None
     uses = judged.uses if judged else frozenset[str]()
     counts = [line.split(" ", 1) for line in str(holes["counts"]).split("\n") if line]
     states = str(spec.fact("state_names")).split()
@@ -78,20 +96,14 @@ def _evict(spec: KernelSpec) -> Context:
         "judged": judged,
         "uses": uses | ({"pos_i", "now_b_value"} if "age" in uses else set()),
         "state_loads": [(name, index) for index, name in enumerate(states) if f"state_{name}" in uses],
-        "select": None if scope == "none" else {"fraction": fraction, "floor": floor},
-        "wanted": "0" if fraction[1] else f"is.n{facts['count']}",
-        "shared": scope == "shared",
-        "join": join,
-        "join_start": _JOIN[join][0],
-        "join_step": _JOIN[join][1],
+        **chosen,
     }
 
 
 def _prefill(spec: KernelSpec) -> Context:
-    facts = dict(spec.facts)
-    if facts.get("listed"):
+    if dict(spec.facts).get("listed"):
         raise Unprintable("block lists have no C++ form")
-    return {"log2e": LOG2E, **{name: bool(facts.get(name)) for name in ("softcap", "sinks", "sliding")}}
+    return {"log2e": LOG2E, **_variant(spec)}
 
 
 _FOLD = {
@@ -103,13 +115,9 @@ _FOLD = {
 _POS = {("field", "pos"): "pos_i"}
 
 
-def _expressions(spec: KernelSpec) -> dict[str, Expr]:
-    return {name: hole for name, hole in spec.holes if isinstance(hole, Expr)}
-
-
 def _columns(spec: KernelSpec) -> Context:
-    formulas, facts = _expressions(spec), dict(spec.facts)
-    q_fn, g_fn = str(facts["over_q"]), str(facts["over_g"])
+    formulas = expressions(spec)
+    q_fn, g_fn = str(spec.fact("over_q")), str(spec.fact("over_g"))
     evidence = {("evidence", "attn"): "p", ("evidence", "logit"): "logit"}
     pre = print_hole("pre", formulas["pre"], evidence | _POS, layout="i", dialect=CPP)
     mid = print_hole("mid", formulas["mid"], {("tile", "q"): "over_q"} | _POS, layout="i", dialect=CPP)
@@ -129,12 +137,12 @@ def _columns(spec: KernelSpec) -> Context:
         "g_step": _FOLD[g_fn][1].format("over_g", mid.result),
         "q_mean": q_fn == "mean",
         "g_mean": g_fn == "mean",
-        **{name: bool(facts.get(name)) for name in ("softcap", "sinks", "sliding")},
+        **_variant(spec),
     }
 
 
 def _keys(spec: KernelSpec) -> Context:
-    formula = _expressions(spec)["formula"]
+    formula = expressions(spec)["formula"]
     reach = {("field", "k"): "kt"} | _POS
     axes, leaves = {"d": Axis("D")}, {"kt": "id"}
     hole = print_hole("t", formula, reach, layout="id", axes=axes, leaf_axes=leaves, dialect=CPP)
@@ -142,7 +150,7 @@ def _keys(spec: KernelSpec) -> Context:
 
 
 def _pool(spec: KernelSpec) -> Context:
-    formulas, average = _expressions(spec), spec.fact("kind") == "avg"
+    formulas, average = expressions(spec), spec.fact("kind") == "avg"
     near = {("tile", "0"): "near_score", ("field", "pos"): "near_pos"}
     own = {("tile", "0"): "score_i", ("tile", "pooled"): "pooled"} | _POS
     outer = print_hole("t", formulas["outer"], own, layout="i", dialect=CPP)
@@ -160,16 +168,7 @@ def _pool(spec: KernelSpec) -> Context:
 
 
 def _select(spec: KernelSpec) -> Context:
-    join = str(spec.fact("join"))
-    fraction, floor = ([int(x) for x in str(spec.fact(name)).split("/")] for name in ("fraction", "floor"))
-    return {
-        "formulas": contexts.context(spec)["formulas"],
-        "select": {"fraction": fraction, "floor": floor},
-        "shared": spec.fact("scope") == "shared",
-        "join": join,
-        "join_start": _JOIN[join][0],
-        "join_step": _JOIN[join][1],
-    }
+    return {"formulas": contexts.context(spec)["formulas"], **_selection(spec)}
 
 
 _CONTEXTS: dict[str, Callable[[KernelSpec], Context]] = {
