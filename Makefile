@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 # Two workers with one thread each: the tests are small, and more threads only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-all bench systems gpu gpu-here gpu-test gpu-tune gpu-bench lint format venv clean
+.PHONY: demo test test-all bench systems models gpu gpu-here gpu-test gpu-tune gpu-bench lint format venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/core  ## one long prompt and a table of 64 under several policies
@@ -28,6 +28,10 @@ bench: $(STAMPS)/dev  ## speed on the CPU, side by side, into benchmarks/results
 systems: $(STAMPS)/dev  ## the README's table of systems, from what the property tests show
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/model -k test_p --record-systems tests/systems.json
 	@$(BIN)/python -m tests.systems_table --write
+
+models: $(STAMPS)/dev  ## the tables of docs/models.md, from what the property tests of model families show
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/model -k "test_families and test_p" -m slow --record-models tests/models.json
+	@$(BIN)/python -m tests.models_table --write
 
 # Without a network: `make gpu GPU_PYTHON=python3` takes a Python that has what the package needs already.
 GPU_PYTHON  ?=

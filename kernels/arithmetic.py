@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompile.kernels.plan import UnitPlan
+
 NEG_INF = float("-inf")
 
 
@@ -112,3 +114,15 @@ def _or_else(mask: Tensor, x: Tensor, fill: float) -> Tensor:
     if bool(mask.all()):
         return x.expand(torch.broadcast_shapes(x.shape, mask.shape))
     return torch.where(mask, x, fill)
+
+
+def unit_columns(pos: Tensor, resident: Tensor, unit: UnitPlan) -> Tensor:
+    """Column of each place of each unit, int64 [rows, units, size], -1 where no entry is."""
+    rows, _ = pos.shape
+    place = pos - unit.offset
+    inside = resident & (place >= 0)
+    units = int((place[inside].max() // unit.size + 1).item()) if inside.any() else 1
+    table = torch.full((rows, units * unit.size + 1), -1, dtype=torch.int64, device=pos.device)
+    columns = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
+    table.scatter_(1, torch.where(inside, place, units * unit.size), columns)
+    return table[:, :-1].reshape(rows, units, unit.size)

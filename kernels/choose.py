@@ -12,12 +12,13 @@ from fractions import Fraction
 
 from kvcompile.kernels import defaults, reach
 from kvcompile.kernels.contexts import context
+from kvcompile.kernels.formulas import ties_heads
 from kvcompile.kernels.holes import region_text, spell
 from kvcompile.kernels.plan import STEP_TRIGGERS, ClassPlan, Expr, PolicyPlan, Region, Selection, StatePlan
 from kvcompile.kernels.spec import Hole, KernelSpec, power_of_two
 from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, open_axes, reduction
 
-_PREFILL = ("prefill.end", "chunk", "filled", "full", "when")
+_PREFILL = ("prefill.end", "chunk", "filled", "full", "when", "slide")
 
 
 def _shape(plan: PolicyPlan) -> dict[str, int | str]:
@@ -35,9 +36,11 @@ def _pool_facts(plan: PolicyPlan) -> dict[str, int | str]:
     return _shape(plan) | {"page": plan.page, "states": len(plan.states), "state_names": names}
 
 
-def _given(variant: dict[str, bool]) -> dict[str, bool]:
-    """The variants of attention that are asked for, as facts."""
-    return {name: True for name, wanted in variant.items() if wanted}
+def _variants(plan: PolicyPlan) -> dict[str, bool]:
+    """What the model's attention has beyond plain softmax, as facts; what it does not have is absent."""
+    facts = plan.facts
+    asked = {"softcap": bool(facts.softcap), "sinks": facts.sinks, "sliding": any(facts.windows)}
+    return {name: True for name, wanted in asked.items() if wanted}
 
 
 def _made(spec: KernelSpec) -> KernelSpec:
@@ -48,6 +51,11 @@ def _made(spec: KernelSpec) -> KernelSpec:
 
 def _steps(plan: PolicyPlan, cls: ClassPlan) -> bool:
     return any(cls.fires_on(kind) for kind in STEP_TRIGGERS)
+
+
+def _judges(cls: ClassPlan) -> bool:
+    """Whether a class decides after a step; else it drops at most what a sliding window has left."""
+    return any(cls.fires_on(kind) for kind in STEP_TRIGGERS if kind != "slide")
 
 
 def _prefills(plan: PolicyPlan, cls: ClassPlan) -> bool:
@@ -72,12 +80,11 @@ def _step_tile(parts: Cut) -> Tile | None:
     return tile
 
 
-def decode_spec(plan: PolicyPlan, logits: str = "fp32", **variant: bool) -> KernelSpec:
+def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
     """Decode attention with what the policy's states and step scores take from it.
 
     logits: how base-2 logits are kept between the launches, fp32 or fp16. Half the bytes (1.6 % of K and V
     less at a group of 4 and head_dim 128), but fp16 moves a probability by up to 0.5 % where logits exceed 16.
-    variant: softcap, sinks, sliding; see the launch of the file.
     """
     reach.after_reads(plan)
     holes: dict[str, Hole] = {f"init {state.name}": reach.formula(state.init) for state in plan.states}
@@ -89,7 +96,7 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32", **variant: bool) -> Kern
         raise Unprintable("head classes with different scores after a step have no Triton form yet")
     if tiles:
         (holes["score"],) = tiles
-    group, given = plan.facts.group, _given(variant)
+    group, given = plan.facts.group, _variants(plan)
     facts = (
         _pool_facts(plan)
         | defaults.decode(plan.facts)
@@ -104,14 +111,13 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32", **variant: bool) -> Kern
     return _made(KernelSpec.of("decode", holes, tag, **facts))
 
 
-def prefill_spec(plan: PolicyPlan, listed: int = 0, **variant: bool) -> KernelSpec:
+def prefill_spec(plan: PolicyPlan, listed: int = 0) -> KernelSpec:
     """Attention of a piece over what its rows hold and over itself.
 
     listed: tokens of a side of the blocks that lists of blocks name, a multiple of 128; 0: no lists.
-    variant: as for decode.
     """
     reach.reads(plan)
-    given = _given(variant)
+    given = _variants(plan)
     facts = _shape(plan) | defaults.prefill(plan.facts) | given | {"group": plan.facts.group, "page": plan.page}
     facts |= {"listed": listed} if listed else {}
     return _made(KernelSpec.of("prefill", None, "_".join(sorted(given) + ["listed"] * bool(listed)), **facts))
@@ -132,10 +138,10 @@ def _state_tile(state: StatePlan, add: Expr) -> Tile:
 
 
 def _score_tiles(plan: PolicyPlan) -> Iterator[Tile]:
-    for index, cls in enumerate(plan.classes):
-        if _steps(plan, cls):
+    for cls in plan.classes:
+        if _judges(cls):
             try:
-                reach.step_class(plan, index)
+                reach.step_class(plan, cls)
                 tiles = [_step_tile(cut(reach.formula(selection.score))) for selection in cls.selections]
             except Unprintable:
                 continue  # evict_spec says so; the other classes still want their scores
@@ -144,6 +150,7 @@ def _score_tiles(plan: PolicyPlan) -> Iterator[Tile]:
 
 def _selection_facts(plan: PolicyPlan, index: int, term: Selection) -> dict[str, int | str]:
     reach.choice(term)
+    reach.alone(plan, term)
     heads = joined_heads(reach.formula(term.score))
     if heads and term.scope != "shared":
         raise Unprintable(f"{heads}[h] where heads do not share the answer has no Triton form yet")
@@ -177,7 +184,8 @@ _NO_SELECTION: dict[str, int | str] = {
 def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
     """What class `index` drops after a step: judge, choose, compact, for all its rows at once."""
     cls = plan.classes[index]
-    reach.step_class(plan, index)
+    cls = cls if _judges(cls) else replace(cls, keep=(Region("all"),))
+    reach.step_class(plan, cls)
     decode_spec(plan)  # it makes the scores, so without it there is nothing to judge by
     if len(cls.selections) > 1:
         raise Unprintable(f"class {cls.name} has several selections after a step")
@@ -188,6 +196,7 @@ def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
     }
     facts = _pool_facts(plan) | defaults.EVICT
     facts |= {"ordered": cls.by_position, "freezes": _freezes(plan, index)}
+    facts |= {"sliding": True} if cls.slides else {}
     tag = "regions"
     if cls.selections:
         (term,) = cls.selections
@@ -200,7 +209,7 @@ def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
         tag = "_".join(sorted({str(n.value) for n in parts.row.walk() if n.op == "state"})) or "score"
     else:
         facts |= _NO_SELECTION
-    return _made(KernelSpec.of("evict", holes, tag, **facts))
+    return _made(KernelSpec.of("evict", holes, tag + "_sliding" * cls.slides, **facts))
 
 
 def _freezes(plan: PolicyPlan, index: int) -> bool:
@@ -221,27 +230,29 @@ def pack_spec(plan: PolicyPlan) -> KernelSpec:
     return _made(KernelSpec.of("pack", None, "", **_pool_facts(plan), **defaults.PACK))
 
 
-def state_spec(plan: PolicyPlan, state: StatePlan, **variant: bool) -> KernelSpec | None:
-    """What a whole prefill adds to a state; None where nothing updates it. variant: as for decode."""
+def state_spec(plan: PolicyPlan, state: StatePlan) -> KernelSpec | None:
+    """What a whole prefill adds to a state; None where nothing updates it."""
     if state.add is None:
         return None
     reach.reads(plan)
-    return _columns(plan, _state_tile(state, state.add), state.name, variant)
+    return _columns(plan, _state_tile(state, state.add), state.name)
 
 
-def score_specs(plan: PolicyPlan, term: Selection, **variant: bool) -> tuple[KernelSpec, ...]:
+def score_specs(plan: PolicyPlan, term: Selection) -> tuple[KernelSpec, ...]:
     """The stages of a prefill's score, in order: a tile stage (columns or keys), then a row stage (pool).
 
-    Empty where the score is a state alone, which is its own score. variant: as for decode.
+    Empty where the score is a state alone, which is its own score.
     """
     reach.contestants(term)
+    if ties_heads(term.score):
+        reach.alone(plan, term)
     parts = cut(reach.formula(term.score))
     tile = _one_tile(parts)
     if tile is None:
         if parts.row.op == "state":
             return ()
         raise Unprintable(f"the score {spell(parts.row)} at the end of a prefill has no Triton form yet")
-    first = _keys(plan, tile) if tile.kind == "key" else _columns(plan, tile, "", variant)
+    first = _keys(plan, tile) if tile.kind == "key" else _columns(plan, tile, "")
     return (first,) if parts.is_tile else (first, _row_stage(parts.row))
 
 
@@ -255,12 +266,12 @@ def _words(formula: Expr) -> str:
     return "_".join(words) or "plain"
 
 
-def _columns(plan: PolicyPlan, tile: Tile, tag: str, variant: dict[str, bool]) -> KernelSpec:
+def _columns(plan: PolicyPlan, tile: Tile, tag: str) -> KernelSpec:
     assert tile.source is not None
     pre, over_q, mid, over_g, post = _chain(tile.formula)
     window = tile.source.width if tile.source.kind != "forward" else 0
     holes: dict[str, Hole] = {"pre": pre, "mid": mid, "post": post, "whole": tile.formula}
-    given = _given(variant)
+    given = _variants(plan)
     facts = (
         _shape(plan)
         | defaults.columns(plan.facts, window)

@@ -20,7 +20,7 @@ class Place:
     """Where rows that are judged together stand: of each its layer, KV head and sequence; `cls`, their class.
 
     picked uint8 [picks, batch, kv_heads, positions]: what layers choose for later ones; judged bool [rows]: which
-    rows decide now, None for all of them.
+    rows decide now, None for all of them; first: the model's index of KV head 0, where other processes hold heads, too.
     """
 
     cls: int
@@ -29,6 +29,7 @@ class Place:
     sequence: tuple[int, ...]
     picked: Tensor | None = None
     judged: Tensor | None = None
+    first: int = 0
 
     def leads(self, plan: PolicyPlan, sharing: int) -> list[bool]:
         """Of every `sharing` layers of the class, the first that holds the row's head decides for the others."""
@@ -37,7 +38,7 @@ class Place:
         for layer, head in zip(self.layer, self.head, strict=True):
             start = layers.index(layer) // sharing * sharing
             group = layers[start : start + sharing]
-            found.append(layer == next(x for x in group if head in plan.heads(x, self.cls)))
+            found.append(layer == next(x for x in group if head + self.first in plan.whole.heads(x, self.cls)))
         return found
 
     def chosen(self, slot: int, pos: Tensor) -> Tensor:

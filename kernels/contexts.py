@@ -10,12 +10,13 @@ from typing import Any
 from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import TORCH, TRITON, Axis, extreme_of
-from kvcompile.kernels.signatures import combine_units, offline_lines, padded, registers, wide
+from kvcompile.kernels.signatures import combine_units, counts_near, offline_lines, padded, registers, wide
 from kvcompile.kernels.spec import KernelSpec, power_of_two
 
 Context = dict[str, Any]
 LOG2E = "1.4426950408889634"
 OVERRUN = "-1073741824"
+SLIDES = "128"  # judge.SLIDES, which would bring torch along
 VARIANTS = ("softcap", "sinks", "sliding")
 
 
@@ -59,6 +60,7 @@ def _decode(spec: KernelSpec) -> Context:
     uses = frozenset().union(*(hole.uses for hole in [*updates, *([score] if score else [])]))
     read = sorted({use.removeprefix("state_") for use in uses if use.startswith("state_")} | set(grown))
     torch_holes = [step_hole(name, formulas[f"add {name}"], states.index(name), TORCH) for name in grown]
+    nears = counts_near(spec)
     return {
         "formulas": tuple(
             [(f"state {name} +", spell(formulas[f"add {name}"])) for name in grown]
@@ -69,6 +71,8 @@ def _decode(spec: KernelSpec) -> Context:
         "score": score,
         "uses": uses | ({"pos_i"} if "age" in uses else set()),
         "scores": bool(updates or score),
+        "nears": nears,
+        "n_all": "n_all" if nears else "n_len",
         "seen": "seen" if attention(spec)["sliding"] else "there",
         "block_u": combine_units(spec),
         "wide": wide(spec),
@@ -126,10 +130,11 @@ def _evict(spec: KernelSpec) -> Context:
     torch_judged = row_hole(formulas["row"], TORCH, negate) if made["select"] else None
     regions = texts["regions"]
     used = [line.split(" ", 1) for line in texts["counts"].split("\n") if line]
-    uses = judged.uses if judged else frozenset()
+    uses, sliding = judged.uses if judged else frozenset(), attention(spec)["sliding"]
     return made | {
         "formulas": tuple(
             ([("kept", regions.replace("at_now", "now"))] if regions != "(at < 0)" else [])
+            + ([("dropped", "at <= now + 1 - the window of the layer")] if sliding else [])
             + ([("score", ("-" if negate else "") + spell(formulas["row"]))] if judged else [])
             + [(f"n{index}", says) for index, says in used]
         ),
@@ -137,7 +142,9 @@ def _evict(spec: KernelSpec) -> Context:
         "n_counts": max([int(index) for index, _ in used], default=-1) + 1 or 1,
         "region": regions,
         "region_uses": {"prompt"} if "at_prompt" in regions else set(),
-        "judge": "\n".join(_judge(regions, judged, uses, states)),
+        "judge": "\n".join(_judge(regions, judged, uses, states, sliding)),
+        "nears": counts_near(spec),
+        "slides": SLIDES,
         "key": "key_of(judged)" if judged else "EMPTY",
         "reference_judge": "\n".join(_torch_judge(torch_judged, states)) if torch_judged else "",
         "reference_region": regions,
@@ -148,7 +155,7 @@ def _evict(spec: KernelSpec) -> Context:
     }
 
 
-def _judge(regions: str, judged: Hole | None, uses: frozenset[str], states: list[str]) -> list[str]:
+def _judge(regions: str, judged: Hole | None, uses: frozenset[str], states: list[str], sliding: bool) -> list[str]:
     lines = [
         "page = tl.load(table + row.to(tl.int64) * table_row + i // PAGE, mask=there, other=0)",
         "slot = page.to(tl.int64) * PAGE + i % PAGE",
@@ -165,7 +172,10 @@ def _judge(regions: str, judged: Hole | None, uses: frozenset[str], states: list
     if "now_b_value" in uses:
         lines.append("now_b_value = at_now.to(tl.float32)")
     if "n_len" in uses:
-        lines.append("n_len = tl.load(length + row).to(tl.float32)")
+        n_len = "tl.load(length + row)"
+        if sliding:
+            n_len = f"count_near(pos, table + row.to(tl.int64) * table_row, {n_len}, far, PAGE, BLOCK)"
+        lines.append(f"n_len = {n_len}.to(tl.float32)")
     if "score_i" in uses:
         lines.append("score_i = tl.load(score + row.to(tl.int64) * score_row + i, mask=there, other=0.0)")
     for index, name in enumerate(states):

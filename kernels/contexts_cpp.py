@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from kvcompile.kernels import contexts
-from kvcompile.kernels.contexts import LOG2E, Context, expressions
+from kvcompile.kernels.contexts import LOG2E, SLIDES, Context, attention, expressions
 from kvcompile.kernels.holes import init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import Axis
@@ -48,7 +48,7 @@ def _decode(spec: KernelSpec) -> Context:
         "scores": bool(updates or score),
         "uses": uses | ({"pos_i", "now_b_value"} if "age" in uses else set()),
         "state_loads": [(name, states.index(name)) for name in read],
-        **_variant(spec),
+        **attention(spec),
     }
 
 
@@ -58,11 +58,6 @@ _JOIN = {
     "max": ("-INFINITY", "max_of(joint, judged)"),
     "min": ("INFINITY", "min_of(joint, judged)"),
 }
-
-
-def _variant(spec: KernelSpec) -> Context:
-    facts = dict(spec.facts)
-    return {name: bool(facts.get(name)) for name in ("softcap", "sinks", "sliding")}
 
 
 def _selection(spec: KernelSpec) -> Context:
@@ -81,7 +76,7 @@ def _selection(spec: KernelSpec) -> Context:
 
 def _evict(spec: KernelSpec) -> Context:
     holes, chosen = dict(spec.holes), _selection(spec)
-    bottom = spec.fact("rank") == "bottom"
+    bottom, sliding = spec.fact("rank") == "bottom", attention(spec)["sliding"]
     row, regions = holes.get("row"), str(holes["regions"])
     judged = row_hole(row, CPP, bottom) if isinstance(row, Expr) and chosen["select"] else None
     uses = judged.uses if judged else frozenset[str]()
@@ -90,10 +85,13 @@ def _evict(spec: KernelSpec) -> Context:
     return {
         "formulas": ((("kept", regions.replace("at_now", "now")),) if regions != "(at < 0)" else ())
         + ((("score", ("-" if bottom else "") + judged.says),) if judged else ())
-        + tuple((f"n{index}", says) for index, says in counts),
+        + tuple((f"n{index}", says) for index, says in counts)
+        + ((("dropped", "at <= now + 1 - the window of the layer"),) if sliding else ()),
         "counts": [(int(index), says) for index, says in counts],
         "region": re.sub(r"at % (n\d+) == 0", r"multiples(at, \1)", regions.replace("//", "/")),
         "judged": judged,
+        "sliding": sliding,
+        "slides": SLIDES,
         "uses": uses | ({"pos_i", "now_b_value"} if "age" in uses else set()),
         "state_loads": [(name, index) for index, name in enumerate(states) if f"state_{name}" in uses],
         **chosen,
@@ -103,7 +101,7 @@ def _evict(spec: KernelSpec) -> Context:
 def _prefill(spec: KernelSpec) -> Context:
     if dict(spec.facts).get("listed"):
         raise Unprintable("block lists have no C++ form")
-    return {"log2e": LOG2E, **_variant(spec)}
+    return {"log2e": LOG2E, **attention(spec)}
 
 
 _FOLD = {
@@ -137,7 +135,7 @@ def _columns(spec: KernelSpec) -> Context:
         "g_step": _FOLD[g_fn][1].format("over_g", mid.result),
         "q_mean": q_fn == "mean",
         "g_mean": g_fn == "mean",
-        **_variant(spec),
+        **attention(spec),
     }
 
 

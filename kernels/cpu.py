@@ -1,7 +1,8 @@
 """The CPU path: packed SDPA that reads each row's extent in place. Same meaning as `reference`, to rounding.
 
 Grouped query heads stand where queries stand, so that keys are read once for the whole group; rows of
-equal length at equal distance go into one call. What needs probabilities (states) computes them.
+equal length at equal distance go into one call. What needs probabilities (states) or logits (soft-cap, a step's
+sinks) computes them; sliding windows are masks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels import reference
-from kvcompile.kernels.evaluate import FORWARD, Queries
+from kvcompile.kernels.evaluate import FORWARD, Queries, attention_logits, attention_weights
 from kvcompile.kernels.gather import Fresh, few, gather_rows, placed, together
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan
@@ -28,12 +29,16 @@ from kvcompile.kernels.states import (
     starts_plainly,
 )
 
+BLOCK = 256  # queries whose mask is held at a time
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As `reference.attend_prefill`: the piece's tokens and the resident past are two calls, merged by their LSE."""
-    kv_heads = plan.facts.kv_heads
+    if plan.facts.softcap:  # between logits and softmax, where flash attention lets nobody in
+        return reference.attend_prefill(plan, site, q, k, v, scale)
+    kv_heads, layer = plan.facts.kv_heads, int(site.layer)
+    reach = plan.facts.reach(layer)
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     clock = site.clock.tolist()
     alike: dict[tuple[int, int], list[int]] = {}
@@ -47,9 +52,11 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
         piece = together(site, sequences, q, k, v, None, kv_heads)
         rows = [b * kv_heads + h for b in sequences for h in range(kv_heads)]
         asking, keys = _turned_piece(site, rows, piece) if plan.compact else (piece.q, piece.k)
-        many = (t[:, None].expand(asking.shape) for t in (keys, piece.v))
-        read, lse = _flash(asking, *many, 0.0, True, scale=scale)
-        _read_past(plan, site, rows, asking, read, lse, scale)
+        read, lse = _read_piece(asking, keys, piece.v, scale, reach)
+        _read_past(plan, site, rows, asking, read, lse, scale, reach)
+        if plan.facts.sinks:
+            sink = site.sink[layer].view(kv_heads, -1, 1).repeat(len(sequences), 1, 1)
+            read = (read * torch.sigmoid(lse - sink)[..., None]).to(q.dtype)
         read = read.unflatten(0, (len(sequences), kv_heads)).flatten(1, 2).transpose(1, 2)
         if len(sequences) == len(clock):
             out[:, out.shape[1] - n :] = read
@@ -60,12 +67,35 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
     return out
 
 
+def _read_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: int) -> tuple[Tensor, Tensor]:
+    """A piece reads itself: q [rows, group, n, D], k, v [rows, n, D] give [rows, group, n, D] and the LSE."""
+    n = q.shape[2]
+    if not reach or n <= reach:
+        read, lse = _flash(q, *(t[:, None].expand(q.shape) for t in (k, v)), 0.0, True, scale=scale)
+        return read, lse
+    read, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    for a in range(0, n, BLOCK):
+        z, first = min(a + BLOCK, n), max(0, a - reach + 1)
+        own, at = torch.arange(a, z)[:, None], torch.arange(first, z)
+        mask = _masked((at <= own) & (at > own - reach))[None, None]
+        keys, values = (t[:, None, first:z].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+        found = _flash(q[:, :, a:z], keys, values, 0.0, False, attn_mask=mask, scale=scale)
+        read[:, :, a:z], lse[:, :, a:z] = found
+    return read, lse
+
+
+def _masked(sees: Tensor) -> Tensor:
+    """What is added to logits, so that only what a query sees is left: float32."""
+    return torch.zeros(sees.shape).masked_fill(~sees, float("-inf"))
+
+
 def _read_past(
-    plan: PolicyPlan, site: Site, rows: list[int], q: Tensor, read: Tensor, lse: Tensor, scale: float
+    plan: PolicyPlan, site: Site, rows: list[int], q: Tensor, read: Tensor, lse: Tensor, scale: float, reach: int
 ) -> None:
     """Every query of a group, q [rows, group, n, D], reads all of its row, too: read [rows, group, n, D] and
     lse [rows, group, n] of what it has read before are brought up to date."""
     lengths, table = site.length.tolist(), site.table.tolist()
+    begin = site.clock[[row // plan.facts.kv_heads for row in rows], Clock.START]
     held = sorted((lengths[row], table[row][0], i) for i, row in enumerate(rows) if lengths[row])
     for length, same in groupby(held, key=lambda w: w[0]):
         for start, stride, members in _strides([(start, i) for _, start, i in same]):
@@ -73,7 +103,7 @@ def _read_past(
             step = (stride * q.shape[3], 0, q.shape[3], 1)
             keys, values = (t.as_strided(shape, step, start * q.shape[3]) for t in (site.k, site.v))
             bias = None
-            if plan.compact or plan.folds:
+            if plan.compact or plan.folds or reach:
                 pos = site.pos.as_strided(shape[::2], (stride, 1), start)
                 if plan.compact:
                     keys = rotate(keys, _places(pos)[:, None], site.rope)
@@ -81,10 +111,32 @@ def _read_past(
                     count = _count(plan, site)
                     bias = _bias(pos, count.as_strided(shape[::2], (stride, 1), count.storage_offset() + start))
                     bias = bias[:, None, None]
+            if reach:
+                oldest = begin[members, None] + torch.arange(min(q.shape[2], reach - 1)) - reach
+                _read_near(q, keys, values, bias, pos[:, None] > oldest[..., None], members, read, lse, scale)
+                continue
             asking = q[members].flatten(1, 2)[:, None]
             past, past_lse = _flash(asking, keys, values, 0.0, False, attn_mask=bias, scale=scale)
             past, past_lse = past.reshape(-1, *q.shape[1:]), past_lse.reshape(-1, *q.shape[1:3])
             read[members], lse[members] = _merge(read[members], lse[members], past, past_lse)
+
+
+def _read_near(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sees: Tensor, members: list[int], read: Tensor,
+    lse: Tensor, scale: float,
+) -> None:  # fmt: skip
+    """`_read_past` of rows `members` whose first queries see only some entries: sees bool [members, queries, n];
+    k, v [members, 1, n, D]; bias [members, 1, 1, n] or None."""
+    keys, values = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    for a in range(0, sees.shape[1], BLOCK):
+        part, now = sees[:, None, a : a + BLOCK], slice(a, min(a + BLOCK, sees.shape[1]))
+        mask = _masked(part) if bias is None else _masked(part) + bias
+        past, past_lse = _flash(q[members, :, now], keys, values, 0.0, False, attn_mask=mask, scale=scale)
+        some = part.any(-1)  # of a query that sees nothing the operator says LSE 0, and promises no value
+        past, past_lse = past.masked_fill(~some[..., None], 0.0), past_lse.masked_fill(~some, float("-inf"))
+        read[members, :, now], lse[members, :, now] = _merge(
+            read[members, :, now], lse[members, :, now], past, past_lse
+        )
 
 
 def _turned_piece(site: Site, rows: list[int], fresh: Fresh) -> tuple[Tensor, Tensor]:
@@ -135,7 +187,7 @@ def attend_step(
         q, k, v = q[active], k[active], v[active]
     new = torch.tensor([clock[b][Clock.START] for b in active], dtype=torch.int32).repeat_interleave(kv_heads)
     where = _append(site, rows, new, k, v, _first_states(plan, site, active, new, q, k, v, weights))
-    if follow_reads(plan):
+    if follow_reads(plan) or plan.facts.softcap or plan.facts.sinks:
         read = torch.stack([_read_and_grow(plan, site, b, q[i], scale, weights) for i, b in enumerate(active)])
     else:
         read = _read(plan, site, where, q.reshape(len(rows), plan.facts.group, q.shape[3]), scale)
@@ -191,7 +243,7 @@ def _append(
 def _read(plan: PolicyPlan, site: Site, where: list[tuple[int, int, int]], q: Tensor, scale: float) -> Tensor:
     """Rows' packed queries q [rows, group, D] read their extents, given as (length, start, row): [rows, group, D]."""
     out, bias = None, None
-    plain = not plan.compact and not plan.folds
+    plain = not plan.compact and not plan.folds and not plan.facts.reach(int(site.layer))
     for length, same in groupby(sorted(where), key=lambda w: w[0]):
         for start, stride, members in _strides([(start, i) for _, start, i in same]):
             shape = (len(members), 1, length, q.shape[2])
@@ -222,6 +274,10 @@ def _adjusted(
     if plan.folds:
         count = _count(plan, site)
         bias = _bias(pos, count.as_strided(shape, step, count.storage_offset() + start))[:, None, None]
+    reach = plan.facts.reach(int(site.layer))
+    if reach:
+        near = _masked(pos > pos[:, -1:] - reach)[:, None, None]
+        bias = near if bias is None else bias + near
     if plan.compact:
         place = _places(pos)
         k = rotate(k, place[:, None], site.rope)
@@ -245,17 +301,14 @@ def _strides(rows: list[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
 
 
 def _read_and_grow(plan: PolicyPlan, site: Site, b: int, q: Tensor, scale: float, weights: Weights) -> Tensor:
-    """Sequence b's token, whose probabilities states ask for: q [q_heads, 1, D] reads [q_heads, D]."""
+    """Sequence b's token, whose probabilities are asked for: q [q_heads, 1, D] reads [q_heads, D]."""
     heads = list(range(plan.facts.kv_heads))
     rows, order, index = gather_rows(plan, site, [b], heads, True, scale)
     assert rows.k is not None and rows.v is not None
     now = site.clock[b, Clock.START].reshape(1, 1).expand(len(heads), 1)
     asking = placed(rows, Queries(q.unflatten(0, (len(heads), -1)), now))
-    # From 16-bit logits a probability would be off by their rounding, half a percent and more.
-    logits = torch.matmul(asking.q[:, :, 0].float(), rows.k.float().transpose(1, 2)) * scale
-    if rows.bias is not None:
-        logits += rows.bias[:, None]
-    p = torch.softmax(logits.masked_fill(~rows.resident[:, None], float("-inf")), -1)
-    read = torch.matmul(p.to(q.dtype), rows.v)
-    grow_states(plan, site, replace(rows, attn=p[:, :, None], queries={FORWARD: asking}, weights=weights), order, index)
-    return read.flatten(0, 1)
+    # In float32: from 16-bit logits a probability would be off by their rounding, half a percent and more.
+    p = attention_weights(rows, attention_logits(rows, asking.q, asking.pos))
+    if follow_reads(plan):
+        grow_states(plan, site, replace(rows, attn=p, queries={FORWARD: asking}, weights=weights), order, index)
+    return torch.matmul(p[:, :, 0].to(q.dtype), rows.v).flatten(0, 1)

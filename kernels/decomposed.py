@@ -46,6 +46,7 @@ class DecomposedLayer(nn.Module):
         self.plan, self.phase, self.scale = plan, phase, scale
         self.parts = [(plan.classes[c], list(plan.heads(layer, c))) for c in plan.site_classes(layer)]
         self.deciding = [fires_in(plan, c, PHASES[phase]) for c in plan.site_classes(layer)]
+        refuse_attention(plan, layer)
         refuse_states(plan)
         for index, decides in zip(plan.site_classes(layer), self.deciding, strict=True):
             if decides:
@@ -337,6 +338,17 @@ def _first(init: Expr, pos: Tensor) -> Tensor:
     if isinstance(init.value, (Fraction, int, float)) and init.op == "const":
         return torch.full(pos.shape, float(init.value))
     return pos.float()
+
+
+def refuse_attention(plan: PolicyPlan, layer: int) -> None:
+    """NotFunctional for a model whose attention is more than a softmax over all that came before."""
+    facts = plan.facts
+    if facts.softcap:
+        raise NotFunctional(f"logits with a soft-cap of {facts.softcap:g}")
+    if facts.sinks:
+        raise NotFunctional("attention sinks with learned logits")
+    if facts.reach(layer):
+        raise NotFunctional(f"a sliding window of {facts.reach(layer)} tokens, which layer {layer} has")
 
 
 def refuse_states(plan: PolicyPlan) -> None:

@@ -13,11 +13,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.arithmetic import BINARY, NEG_INF, divide, masked, pair, pooled, reduced, unary
+from kvcompile.kernels.arithmetic import BINARY, NEG_INF, divide, masked, pair, pooled, reduced, unary, unit_columns
 from kvcompile.kernels.formulas import is_0_unread, open_sources, sources_of, ties_heads, ties_queries
 from kvcompile.kernels.learned import retained
 from kvcompile.kernels.noise import gumbel
 from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan, evidence_of, source_of, words_of
+from kvcompile.kernels.ranks import Across
 from kvcompile.kernels.rotary import rotate
 
 H, G, Q, U, E, D = range(6)  # E: entries, the axis i
@@ -47,7 +48,10 @@ class Rows:
     step int64 [rows]; layer, heads int64 [rows]: which KV head of which layer a row is. Under `positions compact`
     raw [rows, n, head_dim] are the keys as they are stored. bias float32 [rows, n] is added to every logit. rope
     float32 [2, positions, head_dim], cosine and sine. own [rows, group, n, head_dim]: on insert, each entry's query.
-    sequences: how many there are, whose heads follow each other.
+    sequences: how many there are, whose heads follow each other. Of the model's attention: cap, 0 or what logits are
+    softened to; reach, 0 or how many of the newest tokens a query reads; sink float32 [rows, group], a logit without
+    a value in each softmax. Of a model whose heads several processes hold: first, the model's index of KV head 0 here;
+    across, how these rows meet the same layer's others, None where there are none.
     """
 
     pos: Tensor
@@ -73,6 +77,11 @@ class Rows:
     own: Tensor | None = None
     weights: Mapping[str, Tensor] | None = None
     sequences: int = 1
+    cap: float = 0.0
+    reach: int = 0
+    sink: Tensor | None = None
+    first: int = 0
+    across: Across | None = None
 
     def one(self, row: int) -> Rows:
         """The same for a single row."""
@@ -99,7 +108,7 @@ class Rows:
         )
 
 
-_BY_ROW = ("now", "prompt", "heads", "step", "chunk", "own", "attn")
+_BY_ROW = ("now", "prompt", "heads", "step", "chunk", "own", "attn", "sink")
 _BY_ENTRY = ("pos", "resident", "readable", "frozen", "k", "v", "raw", "bias")
 
 
@@ -113,12 +122,38 @@ def evidence(rows: Rows, source: QuerySource, kind: str) -> Tensor:
         return rows.attn
     assert rows.queries is not None and rows.k is not None
     queries = rows.queries[source]
-    logits = torch.einsum("hgqd,hnd->hgqn", queries.q.float(), rows.k.float()) * rows.scale
+    logits = attention_logits(rows, queries.q, queries.pos)
+    return logits if kind == "logit" else attention_weights(rows, logits).nan_to_num(0.0)
+
+
+def attention_logits(rows: Rows, q: Tensor, pos: Tensor) -> Tensor:
+    """Logits as the softmax takes them, float32 [rows, group, q, n], -inf where a query may not read.
+
+    q [rows, group, q, head_dim] at pos int64 [rows, q].
+    """
+    assert rows.k is not None
+    logits = torch.einsum("hgqd,hnd->hgqn", q.float(), rows.k.float()) * rows.scale
+    if rows.cap:
+        logits = rows.cap * torch.tanh(logits / rows.cap)
     if rows.bias is not None:
         logits = logits + rows.bias[:, None, None, :]
-    seen = rows.readable[:, None, None, :] & (rows.pos[:, None, None, :] <= queries.pos[:, None, :, None])
-    logits = logits.masked_fill(~seen, NEG_INF)
-    return logits if kind == "logit" else torch.softmax(logits, -1).nan_to_num(0.0)
+    return logits.masked_fill(~readable_by(rows, pos)[:, None], NEG_INF)
+
+
+def readable_by(rows: Rows, pos: Tensor) -> Tensor:
+    """Which entries queries at pos int64 [rows, q] may read: bool [rows, q, n]."""
+    seen = rows.readable[:, None, :] & (rows.pos[:, None, :] <= pos[:, :, None])
+    if rows.reach:
+        seen = seen & (rows.pos[:, None, :] > pos[:, :, None] - rows.reach)
+    return seen
+
+
+def attention_weights(rows: Rows, logits: Tensor) -> Tensor:
+    """The softmax over entries of logits [rows, group, q, n] and over the sinks, which take their part of it."""
+    if rows.sink is None:
+        return torch.softmax(logits, -1)
+    sink = rows.sink[:, :, None, None].expand(*logits.shape[:3], 1)
+    return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
 
 
 def score(
@@ -295,13 +330,18 @@ class _Evaluator:
         assert isinstance(expr.value, tuple) and source is not None
         assert rows.queries is not None and rows.heads is not None
         queries = rows.queries[source]
-        values = gumbel(int(expr.value[0]), rows.layer, rows.heads, queries.q.shape[1], queries.pos, rows.pos)
+        heads = rows.heads + rows.first
+        values = gumbel(int(expr.value[0]), rows.layer, heads, queries.q.shape[1], queries.pos, rows.pos)
         return self._arrange(values.unsqueeze(-1))
 
     def _learned(self, expr: Expr) -> Tensor:
         assert self.rows.weights is not None
         inputs = [self._by_entry(self._value(arg))[:, :, 0] for arg in expr.args]
-        return self._per_entry(retained(self.rows.weights, str(expr.value), self.rows.layer, inputs))
+        across = self.rows.across
+        if across is None:
+            return self._per_entry(retained(self.rows.weights, str(expr.value), self.rows.layer, inputs))
+        inputs = [across.joined(x, 0) for x in inputs]
+        return self._per_entry(across.own(retained(self.rows.weights, str(expr.value), self.rows.layer, inputs)))
 
     def _landmark(self, expr: Expr) -> Tensor:
         _, name = words_of(expr)
@@ -322,7 +362,7 @@ class _Evaluator:
         queries = self.rows.queries or {}
         sources = open_sources(expr) or set(queries)
         at = queries[min(sources, key=lambda s: s.kind)].pos
-        return self._arrange((self.rows.pos[:, None, :] <= at[:, :, None])[:, None, :, :, None])
+        return self._arrange(readable_by(self.rows, at)[:, None, :, :, None])
 
     def _present(self, expr: Expr) -> Tensor:
         """Which of the queries that a reduction over `q` closes there really are, per row: bool, axes h and q."""
@@ -343,10 +383,13 @@ class _Evaluator:
             return masked(fn, x, self._mask(arg), E)
         if axis == "u" and x.shape[U] > 1:
             return masked(fn, x, self._mask(arg).any(E, keepdim=True), U)
-        return self._over_heads(fn, x) if axis == "h" else reduced(fn, x, (_DIM[axis],))
+        return self._over_heads(fn, arg) if axis == "h" else reduced(fn, x, (_DIM[axis],))
 
-    def _over_heads(self, fn: str, x: Tensor) -> Tensor:
+    def _over_heads(self, fn: str, arg: Expr) -> Tensor:
         """A reduction over all query heads of a layer, for each sequence its own."""
+        x, across = self._value(arg), self.rows.across
+        if across is not None and any(not n.args and n.op != "const" for n in arg.walk()):
+            return across.over_heads(fn, x.expand(len(self.rows.pos), *x.shape[1:]), self.rows.sequences)
         if self.rows.sequences == 1 or x.shape[H] == 1:
             return reduced(fn, x, (H, G))
         heads = len(self.rows.pos) // self.rows.sequences
@@ -358,7 +401,9 @@ class _Evaluator:
         sources, queries = open_sources(arg), self.rows.queries or {}
         width = max((queries[s].pos.shape[1] for s in sources if s in queries), default=1)
         per_query = _held(arg, self.rows) // width
-        if fn not in ("sum", "mean") or per_query * width <= WIDE or self.causal or ties_queries(arg):
+        # Blocks follow from the size of these rows; those of other processes may have another.
+        together = self.rows.across is not None and ties_heads(arg)
+        if fn not in ("sum", "mean") or per_query * width <= WIDE or self.causal or ties_queries(arg) or together:
             return masked(fn, self._value(arg), self._present(arg), Q)
         size, total = max(1, WIDE // per_query), torch.zeros((), device=self.rows.pos.device)
         for at in range(0, width, size):
@@ -400,18 +445,5 @@ class _Evaluator:
         return pair(str(expr.value), a, b, D)
 
 
-def unit_columns(pos: Tensor, resident: Tensor, unit: UnitPlan) -> Tensor:
-    """Column of each place of each unit, int64 [rows, units, size], -1 where no entry is."""
-    rows, _ = pos.shape
-    place = pos - unit.offset
-    inside = resident & (place >= 0)
-    units = int((place[inside].max() // unit.size + 1).item()) if inside.any() else 1
-    table = torch.full((rows, units * unit.size + 1), -1, dtype=torch.int64, device=pos.device)
-    columns = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
-    table.scatter_(1, torch.where(inside, place, units * unit.size), columns)
-    return table[:, :-1].reshape(rows, units, unit.size)
-
-
 def _per_row(numbers: Tensor) -> Tensor:
-    """[rows] as a value."""
     return numbers.float().reshape(-1, 1, 1, 1, 1, 1)

@@ -18,9 +18,10 @@ from kvcompile.kernels.gather import (
     together,
     with_queries,
 )
-from kvcompile.kernels.judge import carry_out, gather_in_place, judging, numbers_of, place_of
+from kvcompile.kernels.judge import carry_out, gather_in_place, judging, met, numbers_of, place_of
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan
+from kvcompile.kernels.ranks import has_joint
 from kvcompile.kernels.select import Means, Plainly, keep_mask
 from kvcompile.kernels.span import competes, note_scores
 
@@ -89,7 +90,9 @@ def evict_prefill(
                 _judge_in_place(plan, cls, site, sequences, heads, scale, fresh)
             elif fires:
                 rows, order, _ = gather_rows(plan, site, sequences, heads, needs_keys(plan, part), scale, fresh)
-                rows = with_queries(plan, site, sequences, heads, rows, query_sources(part), fresh)
+                rows = met(
+                    plan, cls, site, with_queries(plan, site, sequences, heads, rows, query_sources(part), fresh)
+                )
                 keep, won = decide(plan, cls, site, sequences, heads, rows, order, means or Plainly())
                 apply_fresh(plan, site, sequences, heads, keep, won, part, fresh)
 
@@ -97,6 +100,8 @@ def evict_prefill(
 def _batches(plan: PolicyPlan, cls: int, site: Site, alike: list[int], columns: int, heads: int) -> list[list[int]]:
     """Equally far sequences, cut so that what is gathered at a time stays small."""
     facts, part = plan.facts, plan.classes[cls]
+    if has_joint(plan, part):  # other processes' rows are of other lengths, and all have to cut alike
+        return [[b] for b in alike]
     asked = [columns if s.kind in ("forward", "sample") else s.width for s in query_sources(part)]
     width = columns + int(site.length.max())
     size = heads * width * max(facts.head_dim, facts.group * sum(asked), 1)
@@ -134,6 +139,7 @@ def _judge_in_place(
     sources = query_sources(part)
     if sources:
         rows = with_queries(plan, site, sequences, heads, rows, sources, fresh)
+    rows = met(plan, cls, site, rows)
     keep, won = decide(plan, cls, site, sequences, heads, rows, order, Plainly())
     carry_out(plan, part, site, index, keep, won)
 
@@ -154,7 +160,11 @@ def decide(
     """
     part = plan.classes[cls]
     judged = judging(part, cls, site, sequences, len(heads), rows)
-    place = place_of(cls, site, sequences, heads, judged)
+    known = all(trigger.cond is None for trigger in part.triggers) and not plan.picks
+    if judged is not None and known and not bool(judged.any()):  # a window has moved on, no more
+        kept = torch.zeros_like(rows.resident).scatter(1, order, rows.resident)
+        return kept, torch.zeros_like(kept)
+    place = place_of(cls, site, sequences, heads, judged, plan.first_head)
     ends = site.clock[sequences, Clock.ENDS].bool().repeat_interleave(len(heads))
     keep, won = keep_mask(plan, part, rows, numbers_of(plan, part, site, sequences, heads, rows), ends, means, place)
     if judged is not None:

@@ -205,12 +205,19 @@ def gather_rows(
     if plan.folds:
         tokens = state[[s.name for s in plan.states].index("@count")]
         bias = torch.where(resident & (pos < 0), tokens.log(), 0.0)
+    now = clock[:, Clock.START] + clock[:, Clock.NEW] - 1
+    reach = plan.facts.reach(int(site.layer))
+    if reach:  # what no later query can read competes for nothing, and goes with the next decision
+        resident = resident & ((pos > now[:, None] + 1 - reach) | (pos < 0))
+    sink = None
+    if site.sink.shape[0]:
+        sink = site.sink[int(site.layer)].unflatten(0, (kv_heads, -1))[index % kv_heads]
     rows = Rows(
         pos=pos,
         resident=resident,
         readable=readable,
         frozen=frozen,
-        now=clock[:, Clock.START] + clock[:, Clock.NEW] - 1,
+        now=now,
         prompt=clock[:, Clock.PROMPT],
         state={s.name: state[i] for i, s in enumerate(plan.states)},
         scale=scale,
@@ -225,6 +232,10 @@ def gather_rows(
         compact=plan.compact,
         raw=raw,
         sequences=len(sequences),
+        cap=plan.facts.softcap,
+        reach=reach,
+        sink=sink,
+        first=plan.first_head,
     )
     return rows, order, index
 

@@ -105,6 +105,8 @@ def region_text(plan: PolicyPlan, region: Region) -> str:
     """A region as a condition on `at`, the positions; the same text is right in Triton and in torch."""
     count = f"n{region.count}"
     match region.kind:
+        case "all":  # judged at all only because a sliding window moves on
+            return "(at >= 0)"
         case "sink":
             return f"(at < {count})"
         case "recent":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from kvcompile.kernels.compete import Place
@@ -11,8 +13,10 @@ from kvcompile.kernels.gather import Fresh, apply, gather_rows
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.losers import settle
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan
+from kvcompile.kernels.ranks import across
 
 UNCONDITIONED = 1  # bit of Site.fires: a trigger without a condition has fired
+SLIDES = 128  # bit of Site.fires: entries may have left a sliding window
 
 
 def gather_in_place(
@@ -44,11 +48,18 @@ def carry_out(plan: PolicyPlan, part: ClassPlan, site: Site, index: Tensor, keep
     apply(site, index, keep, won & keep, part)
 
 
-def place_of(cls: int, site: Site, sequences: list[int], heads: list[int], judged: Tensor | None) -> Place:
-    """Where the rows of these heads stand, sequence by sequence."""
+def met(plan: PolicyPlan, cls: int, site: Site, rows: Rows) -> Rows:
+    """Rows of a class as formulas over heads need them: with the way to those that other processes hold."""
+    return rows if plan.shard is None else replace(rows, across=across(plan, cls, int(site.layer)))
+
+
+def place_of(
+    cls: int, site: Site, sequences: list[int], heads: list[int], judged: Tensor | None, first: int = 0
+) -> Place:
+    """Where the rows of these heads stand, sequence by sequence; first: the model's index of KV head 0 here."""
     count = len(sequences) * len(heads)
     of = tuple(b for b in sequences for _ in heads)
-    return Place(cls, (int(site.layer),) * count, tuple(heads) * len(sequences), of, site.picked, judged)
+    return Place(cls, (int(site.layer),) * count, tuple(heads) * len(sequences), of, site.picked, judged, first)
 
 
 def numbers_of(
@@ -80,9 +91,12 @@ def scalars_of_clock(site: Site, b: int) -> dict[str, int]:
 
 
 def judging(part: ClassPlan, cls: int, site: Site, sequences: list[int], heads: int, rows: Rows) -> Tensor | None:
-    """Which rows decide, bool [rows]: some trigger fired without a condition, or with one that holds; None: all do."""
+    """Which rows decide, bool [rows]: some trigger fired without a condition, or with one that holds; None: all do.
+
+    Rows in which only a sliding window moved on (`SLIDES`) decide nothing: they keep all that is still resident.
+    """
     conditions = [t.cond for t in part.triggers if t.cond is not None]
-    if not conditions:
+    if not conditions and not part.slides:
         return None
     fired = site.fires[cls, sequences].repeat_interleave(heads).long()
     judged = (fired & UNCONDITIONED) != 0

@@ -42,6 +42,9 @@ class Site(NamedTuple):
     scalar  float32 [scalars, rows], numbers that a row keeps between decisions, NaN before the first
     picked  uint8 [picks, batch, kv_heads, positions], 1 where a layer has chosen a position for later layers
     rope    float32 [2, positions, head_dim], cosine and sine of every place; no positions where nothing is rotated
+    reach   int32 [layers], the sliding window of every layer: a query at p reads positions > p - reach; 0: all
+    sink    float32 [layers, q_heads], one more logit in the softmax's denominator of each query head; [0, q_heads]
+            where the model has none
     """
 
     layer: Tensor
@@ -61,6 +64,8 @@ class Site(NamedTuple):
     scalar: Tensor
     picked: Tensor
     rope: Tensor
+    reach: Tensor
+    sink: Tensor
 
     @property
     def paged(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcompile.kernels.arithmetic import divide, holds
 from kvcompile.kernels.evaluate import Rows, score
-from kvcompile.kernels.layout import Site
+from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import ClassPlan, Expr, Loser, PolicyPlan
 from kvcompile.kernels.rotary import places, rotate
 
@@ -64,6 +64,10 @@ def settle(plan: PolicyPlan, part: ClassPlan, site: Site, index: Tensor, keep: T
     slots = site.slot_matrix(index, width)
     there = torch.arange(width, device=keep.device) < site.length[index][:, None]
     pos = site.pos[slots].long()
+    if reach := plan.facts.reach(int(site.layer)):  # what a sliding window has left leaves nothing behind
+        sequences = (index - site.base(plan.facts.kv_heads)) // plan.facts.kv_heads
+        seen = (site.clock[sequences, Clock.START] + site.clock[sequences, Clock.NEW])[:, None]
+        there = there & ((pos > seen - reach) | (pos < 0))
     keep = there & (keep | (pos < 0))
     lost = there & ~keep
     deciding = lost.any(1).nonzero().flatten()

@@ -154,7 +154,7 @@ def stages(plan: PolicyPlan, phase: str) -> list[tuple[int, bool]]:
 
 def fires_in(plan: PolicyPlan, cls: int, phase: str) -> bool:
     """Whether a class may have to decide in a forward of this phase; which sequences do is data (`Site.fires`)."""
-    kinds: tuple[str, ...] = ("chunk", "filled", "full", "when")
+    kinds: tuple[str, ...] = ("chunk", "filled", "full", "when", "slide")
     if phase == "step":
         kinds = STEP_TRIGGERS
     elif phase == "prefill.end":

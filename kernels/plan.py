@@ -2,11 +2,7 @@
 
 Takes nothing from the language: `passes.freeze` writes these, everything at run time reads them.
 Every object here is immutable, hashable and free of torch, so that a plan can be a cache key,
-a constant of a compiled graph (by its digest) and a row of a table that a person reads.
-
-Axes of an expression, always written in the order of `AXES`:
-`h` KV heads of the layer, `g` query heads of one KV head, `q` queries, `u` units,
-`i` entries of a row (or of a unit, where `u` is open too), `d` channels.
+a constant of a compiled graph (by its digest) and a row of a table that a person reads. Formulas are those of `expr`.
 """
 
 from __future__ import annotations
@@ -15,92 +11,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-AXES = "hgquid"
-STEP_TRIGGERS = ("step", "every", "filled", "full", "when")
+from kvcompile.kernels.expr import AXES as AXES
+from kvcompile.kernels.expr import Expr as Expr
+from kvcompile.kernels.expr import QuerySource as QuerySource
+from kvcompile.kernels.expr import evidence_of as evidence_of
+from kvcompile.kernels.expr import source_of as source_of
+from kvcompile.kernels.expr import words_of as words_of
 
-
-@dataclass(frozen=True, slots=True)
-class QuerySource:
-    """Whose queries a `q` axis ranges over.
-
-    `forward`: the queries of this forward; `last`: the row's `width` newest; `peek`: the prompt's
-    last `width`, run along with each piece; `sample`: of this forward's queries the part `part`, those at positions p
-    where floor(p * part) is more than floor((p - 1) * part); `previous`: the one before the newest.
-    """
-
-    kind: Literal["forward", "last", "peek", "sample", "previous"]
-    width: int = 0
-    part: Fraction = Fraction(0)
-
-
-@dataclass(frozen=True, slots=True)
-class Expr:
-    """One node of a formula over entries; evaluated in float32 (counts: in exact rationals).
-
-    op        value                          args   meaning
-    const     Fraction                       0      a number
-    scalar    name                           0      a number of the sequence: prompt now chunk step; of the row: len
-    share     index into PolicyPlan.shares   0      in a count: the layer's part of a share
-    field     "k" "v" "pos" "age" "raw.k" "count" "next.k" "next.v"  0  what an entry has; count: its tokens
-    queries   QuerySource                    0      axes g, q, d: the queries themselves, rotated
-    evidence  ("attn" | "logit", QuerySource)  0    axes g, q, i: attention of each query to each entry
-    noise     (seed, QuerySource)            0      axes g, q, i: Gumbel noise of seed, layer, head, query and entry
-    learned   key of Program.weights         1..    on insert: a trained score of each entry from its own q, k, v
-    state     name                           0      the entry's own state
-    sim       -                              0      of a loser of `merge`: likeness to its nearest survivor
-    ema       (row scalar's index, beta)     1      beta * before + (1 - beta) * now of a row's number; at first now
-    landmark  (unit, name)                   0      a unit's landmark
-    reduce    (fn, axis)                     1      sum mean max min var std softmax over one axis (softmax keeps it)
-    pool      ("max" | "avg", width)         1      centred pooling over the candidates in position order
-    unary     neg exp log sqrt abs sigmoid norm   1  elementwise; norm reduces d
-    binary    + - * / max min < <= > >= == != and or   2   elementwise, x / 0 is 0
-    pair      dot cos                        2      reduces d
-    """
-
-    op: str
-    args: tuple[Expr, ...] = ()
-    value: object = None
-    axes: str = ""
-
-    def walk(self) -> list[Expr]:
-        """This node and all below it, operands first, repeated nodes once."""
-        seen: dict[Expr, None] = {}
-
-        def visit(node: Expr) -> None:
-            if node in seen:
-                return
-            for arg in node.args:
-                visit(arg)
-            seen[node] = None
-
-        visit(self)
-        return list(seen)
-
-
-def words_of(expr: Expr) -> tuple[str, str]:
-    """(function, axis) of a reduce, (unit, name) of a landmark."""
-    assert isinstance(expr.value, tuple)
-    first, second = expr.value
-    return str(first), str(second)
-
-
-def evidence_of(expr: Expr) -> tuple[str, QuerySource]:
-    """("attn" or "logit", whose queries) of an evidence."""
-    assert isinstance(expr.value, tuple)
-    kind, source = expr.value
-    assert isinstance(source, QuerySource)
-    return str(kind), source
-
-
-def source_of(expr: Expr) -> QuerySource | None:
-    """Whose queries a node asks for, or None."""
-    if expr.op == "queries":
-        assert isinstance(expr.value, QuerySource)
-        return expr.value
-    if expr.op in ("evidence", "noise"):
-        assert isinstance(expr.value, tuple) and isinstance(expr.value[1], QuerySource)
-        return expr.value[1]
-    return None
+STEP_TRIGGERS = ("step", "every", "filled", "full", "when", "slide")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +108,11 @@ class Trigger:
     """When a set is computed anew. `n`: piece size, period, or number of units or entries.
 
     `when` may fire after every forward. `cond`: a number per row (no open axes); a row where it is 0 decides nothing.
+    `slide` is the compiler's own, in layers with a sliding window: entries that no later query can read are dropped,
+    all others stay; after every piece, and after every n-th step.
     """
 
-    kind: Literal["prefill.end", "chunk", "step", "every", "filled", "full", "when"]
+    kind: Literal["prefill.end", "chunk", "step", "every", "filled", "full", "when", "slide"]
     n: int | None = None
     unit: str | None = None
     cond: Expr | None = None
@@ -261,7 +181,8 @@ class ClassPlan:
     """One head class of a layer range: what its rows keep, and when that is decided.
 
     A class with several `keep` clauses, each at its own triggers, is several of these; `rows_of` names the first.
-    Those that fire together judge one after the other.
+    Those that fire together judge one after the other. Layers of different sliding windows have classes of their
+    own, of one name; where there is a window, the first of a row's classes has the trigger `slide`.
     """
 
     name: str
@@ -274,9 +195,14 @@ class ClassPlan:
     only_picks: bool = False  # the winners of its selections go to their slots, nothing is dropped
 
     @property
+    def slides(self) -> bool:
+        """Whether its layers have a sliding window: what has left it is dropped, whatever the policy keeps."""
+        return any(t.kind == "slide" for t in self.triggers)
+
+    @property
     def keeps_all(self) -> bool:
         everything = any(isinstance(t, Region) and t.kind == "all" for t in self.keep)
-        return not self.triggers or (everything and not self.only_picks)
+        return not self.triggers or (everything and not self.only_picks and not self.slides)
 
     @property
     def selections(self) -> tuple[Selection, ...]:
@@ -298,7 +224,12 @@ def formulas_of(cls: ClassPlan) -> list[Expr]:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a policy is bound to. Sizes in elements; `weight_bytes` is all parameters."""
+    """What a policy is bound to. Sizes in elements; `weight_bytes` is all parameters.
+
+    windows: of each layer, how many of the newest tokens a query can read, its own included, 0: all; empty: all
+    layers read all. softcap: logits are softcap * tanh(logits / softcap) before the mask, 0: as they are. sinks: each
+    query head has one more logit in its softmax's denominator, without a value.
+    """
 
     layers: int
     q_heads: int
@@ -308,6 +239,21 @@ class ModelFacts:
     hidden: int = 0
     weight_bytes: int = 0
     family: str = ""
+    windows: tuple[int, ...] = ()
+    softcap: float = 0.0
+    sinks: bool = False
+
+    def reach(self, layer: int) -> int:
+        """The sliding window of a layer in tokens; 0: its queries read all that came before."""
+        return self.windows[layer] if self.windows else 0
+
+    def untouched(self, tokens: int) -> int:
+        """Entries of all layers and KV heads that transformers' own cache holds after so many tokens of a sequence.
+
+        Of a layer with a sliding window it keeps the window's newest but one, those that the next query can read.
+        """
+        each = (min(tokens, self.reach(i) - 1) if self.reach(i) else tokens for i in range(self.layers))
+        return self.kv_heads * sum(each)
 
     @property
     def group(self) -> int:
@@ -321,8 +267,22 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a model's heads a process holds: the `rank`-th of `world` runs of equally many KV heads.
+
+    whole: the plan of the whole model; key: by which `kernels.ranks` knows the processes that hold the other parts.
+    """
+
+    rank: int
+    world: int
+    whole: PolicyPlan
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyPlan:
-    """A policy bound to a model: the only input of ops, cache and kernels."""
+    """A policy bound to a model, or to the part of its heads that a process holds (`shard`): the only input of ops,
+    cache and kernels."""
 
     name: str
     digest: str
@@ -343,6 +303,17 @@ class PolicyPlan:
     scalars: int = 0  # numbers that a row keeps between decisions (`ema`)
     compact: bool = False  # keys lie unrotated and are rotated by their place in the row at each read
     rotates: bool = False  # some formula needs RoPE tables: `positions compact`, `raw.k`
+    shard: Shard | None = None  # None: all heads are here
+
+    @property
+    def whole(self) -> PolicyPlan:
+        """The plan of the whole model."""
+        return self if self.shard is None else self.shard.whole
+
+    @property
+    def first_head(self) -> int:
+        """The model's index of the first KV head that is here."""
+        return 0 if self.shard is None else self.shard.rank * self.facts.kv_heads
 
     def unit(self, name: str) -> UnitPlan:
         return next(u for u in self.units if u.name == name)
@@ -363,9 +334,17 @@ class PolicyPlan:
         return sum(row.count(rows) for row in self.class_of)
 
     def class_layers(self, cls: int) -> tuple[int, ...]:
-        """Layers in which a class has heads, in order."""
+        """Layers in which a class has heads, in any process, in order."""
         rows = self._rows(cls)
-        return tuple(layer for layer, owners in enumerate(self.class_of) if rows in owners)
+        return tuple(layer for layer, owners in enumerate(self.whole.class_of) if rows in owners)
+
+    def class_reach(self, cls: int) -> int:
+        """The sliding window of the layers in which a class has heads, one for all of them; 0: none."""
+        return next((self.facts.reach(layer) for layer in self.class_layers(cls)), 0)
+
+    def named_like(self, cls: int) -> int:
+        """The first class of the same name: one head class of the policy may be several, one for each window."""
+        return next(i for i, other in enumerate(self.classes) if other.name == self.classes[cls].name)
 
     def _rows(self, cls: int) -> int:
         first = self.classes[cls].rows_of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvcompile.kernels.counts import scalars_of
 from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, Selection, source_of
+from kvcompile.kernels.ranks import is_joint
 from kvcompile.kernels.stages import Unprintable
 
 _LEAVES = ("const", "scalar", "field", "evidence", "state", "landmark", "tile")  # beside these: reference and cpu alone
@@ -61,9 +62,8 @@ def one_rule(cls: ClassPlan) -> None:
         refuse(f"{cls.name}, which is one of several rules for the same rows, has")
 
 
-def step_class(plan: PolicyPlan, index: int) -> None:
+def step_class(plan: PolicyPlan, cls: ClassPlan) -> None:
     """Classes whose decisions after a step are more than one set of one layer's rows."""
-    cls = plan.classes[index]
     one_rule(cls)
     if plan.picks:
         refuse("choices that later layers take over have")
@@ -103,6 +103,12 @@ def choice(term: Selection) -> None:
         refuse(f"{term.rank} has")
     if term.layers != "each" or term.pick is not None:
         refuse("choices that layers share or compete for have")
+
+
+def alone(plan: PolicyPlan, term: Selection) -> None:
+    """Choices for which heads that other processes hold have to be asked."""
+    if is_joint(plan, term):
+        refuse("choices that the heads of several processes make together have")
 
 
 def piece_choice(plan: PolicyPlan, term: Selection) -> None:

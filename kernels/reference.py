@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.evaluate import FORWARD, Queries, Rows
+from kvcompile.kernels.evaluate import FORWARD, Queries, Rows, attention_logits, attention_weights
 from kvcompile.kernels.gather import Fresh, gather_rows, placed, sequence
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import PolicyPlan
@@ -46,12 +46,7 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
 
 def _probabilities(rows: Rows, q: Tensor, pos: Tensor) -> Tensor:
     """float32 [kv_heads, group, q, n]; what a query may not read has probability 0."""
-    assert rows.k is not None
-    logits = torch.einsum("hgqd,hnd->hgqn", q.float(), rows.k.float()) * rows.scale
-    if rows.bias is not None:
-        logits += rows.bias[:, None, None]
-    seen = rows.readable[:, None, None, :] & (rows.pos[:, None, None, :] <= pos[None, None, :, None])
-    return torch.softmax(logits.masked_fill(~seen, float("-inf")), -1)
+    return attention_weights(rows, attention_logits(rows, q, pos.expand(len(rows.pos), -1)))
 
 
 def file_queries(site: Site, b: int, q: Tensor, real: int, start: int) -> None:

@@ -16,6 +16,7 @@ from kvcompile.kernels.compete import Contest, Place, budget, winners
 from kvcompile.kernels.evaluate import Rows, score
 from kvcompile.kernels.noise import hashed
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
+from kvcompile.kernels.ranks import Table, table
 from kvcompile.kernels.units import Units, full, of_units, reads_next
 
 __all__ = ["Means", "Place", "Plainly", "keep_mask", "reads_next", "region_mask"]
@@ -129,6 +130,7 @@ def _at_random(region: Region, rows: Rows, count: Tensor, place: Place) -> Tenso
     """
     device = rows.pos.device
     layer, head = (torch.tensor(x, device=device)[:, None] for x in (place.layer, place.head))
+    head = head + place.first
     at = torch.arange(int(rows.now.max()) + 1 if len(rows.now) else 0, device=device)[None]
 
     there = torch.where(at <= rows.now[:, None], random_order(region, layer, head, at), torch.iinfo(torch.int64).max)
@@ -172,8 +174,9 @@ def _select(
         return taken | won, won
     assert term.pick is not None
     leads = place.leads(plan, term.sharing)
+    joint = _table(plan, term, place)
     won = watched
-    if any(leads):
+    if any(leads if joint is None else joint.place(place.cls).leads(plan, term.sharing)):
         own = watched | _compete(plan, term, rows, candidates, watched, numbers, means, place)
         won = torch.where(torch.tensor(leads, device=own.device)[:, None], own, won)
         # Where a leading row does not decide, it keeps all that it has, and so do those that follow it.
@@ -197,25 +200,41 @@ def _compete(
     place: Place,
 ) -> Tensor:
     """The winners among the candidates that are not watched: bool [rows, n]."""
-    versus = Contest.of(term, place, rows.pos.device)
+    joint = _table(plan, term, place)
+    versus = Contest.of(term, place if joint is None else joint.place(place.cls), rows.pos.device)
     count = torch.zeros_like(rows.now) if term.count is None else numbers[term.count]
     if term.unit is None and term.whole is None:
+        open_ = candidates & ~watched
+        values = means.score(term, rows, open_, None)
+        if joint is None:
+            n = _less(budget(term, versus, candidates, count), watched.sum(1), term, versus)
+            return means.choose(term, rows, values, open_, n, versus)
+        values, age, candidates, watched, count = joint.bring(values, rows.pos, candidates, watched, count, front=True)
         n = _less(budget(term, versus, candidates, count), watched.sum(1), term, versus)
-        candidates = candidates & ~watched
-        return means.choose(term, rows, means.score(term, rows, candidates, None), candidates, n, versus)
+        return joint.mine(winners(term, versus, values, age, candidates & ~watched, n), open_, front=True)
     unit = plan.unit(term.unit or term.whole or "")
     units = Units.of(rows, unit)
-    if term.whole is not None:
-        there = units.spread(candidates).any(2)
-        used = -(-watched.sum(1) // unit.size)
-        n = _less(budget(term, versus, there, count), used, term, versus)
-        candidates = candidates & ~watched
-        values = means.score(replace(term, score=of_units(term.score)), rows, candidates, unit)
-        open_ = units.spread(candidates).any(2)
-        age = torch.arange(units.count, device=rows.pos.device).expand_as(open_)
-        won = winners(term, versus, units.of_unit(values), age, open_, n)
-        return units.back(won[:, :, None].expand_as(units.columns)) & candidates
-    return _within_units(term, versus, units, rows, candidates, watched, count, means, unit)
+    if term.whole is None:
+        return _within_units(term, versus, joint, units, rows, candidates, watched, count, means, unit)
+    there = mine = units.spread(candidates).any(2)
+    used = -(-watched.sum(1) // unit.size)
+    candidates = candidates & ~watched
+    values = units.of_unit(means.score(replace(term, score=of_units(term.score)), rows, candidates, unit))
+    open_ = units.spread(candidates).any(2)
+    if joint is not None:
+        values, there, open_, used, count = joint.bring(values, there, open_, used, count)
+    n = _less(budget(term, versus, there, count), used, term, versus)
+    age = torch.arange(open_.shape[1], device=rows.pos.device).expand_as(open_)
+    won = winners(term, versus, values, age, open_, n)
+    won = won if joint is None else joint.mine(won, mine)
+    return units.back(won[:, :, None].expand_as(units.columns)) & candidates
+
+
+def _table(plan: PolicyPlan, term: Selection, place: Place) -> Table | None:
+    """With whom in other processes the rows of a place decide; None: nobody."""
+    spans = plan.shard is not None and plan.spans(place.cls)
+    layers = plan.class_layers(place.cls) if spans else tuple(dict.fromkeys(place.layer))
+    return table(plan, term, place.cls, layers, tuple(dict.fromkeys(place.sequence)))
 
 
 def _less(n: Tensor, used: Tensor, term: Selection, versus: Contest | None) -> Tensor:
@@ -228,6 +247,7 @@ def _less(n: Tensor, used: Tensor, term: Selection, versus: Contest | None) -> T
 def _within_units(
     term: Selection,
     versus: Contest | None,
+    joint: Table | None,
     units: Units,
     rows: Rows,
     candidates: Tensor,
@@ -237,12 +257,18 @@ def _within_units(
     unit: UnitPlan,
 ) -> Tensor:
     """Each unit is a contest of its own: its lines are (row, unit) in place of rows."""
-    lines = None if versus is None else versus.by_unit(units.count)
-    there, seen = (units.spread(mask).flatten(0, 1) for mask in (candidates, watched))
-    n = budget(term, lines, there, count.repeat_interleave(units.count))
+    there, seen = units.spread(candidates), units.spread(watched)
+    candidates = candidates & ~watched
+    values = units.values(means.score(term, rows, candidates, unit))
+    if joint is not None:
+        values, there, seen, count = joint.bring(values, there, seen, count)
+    shape = there.shape
+    lines = None if versus is None else versus.by_unit(shape[1])
+    values, there, seen = (x.flatten(0, 1) for x in (values, there, seen))
+    n = budget(term, lines, there, count.repeat_interleave(shape[1]))
     n = _less(n, seen.sum(1), term, lines)
-    there, candidates = there & ~seen, candidates & ~watched
-    values = units.values(means.score(term, rows, candidates, unit)).flatten(0, 1)
+    there = there & ~seen
     age = torch.arange(unit.size, device=rows.pos.device).expand_as(there)
-    won = winners(term, lines, values, age, there, n)
-    return units.back(won.view_as(units.columns)) & candidates
+    won = winners(term, lines, values, age, there, n).view(shape)
+    won = won if joint is None else joint.mine(won, units.columns)
+    return units.back(won) & candidates

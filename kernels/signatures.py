@@ -6,6 +6,7 @@ types as Triton spells them: `*bf16` a pointer, `i32` a number. The names follow
 
 from __future__ import annotations
 
+from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.spec import KernelSpec, dtype_name, power_of_two
 
 Entry = tuple[str, dict[str, str], dict[str, object], dict[str, int]]
@@ -44,13 +45,25 @@ def _options(spec: KernelSpec) -> dict[str, int]:
 
 
 COMBINE = {"num_warps": 4, "num_stages": 3}
-_EXTRA = {"cap": ("softcap", "fp32"), "sink": ("sinks", "*fp32"), "reach": ("sliding", "i32")}
+_EXTRA = {
+    "cap": ("softcap", "fp32"),
+    "sink": ("sinks", "*fp32"),
+    "reach": ("sliding", "i32"),
+    "reaches": ("sliding", "*i32"),  # one for each layer
+}
 
 
 def _extra(spec: KernelSpec, *names: str) -> str:
     """Types of the arguments that a variant of attention adds, where the spec has it."""
     facts = dict(spec.facts)
     return "".join(f"; {_EXTRA[name][1]}: {name}" for name in names if facts.get(_EXTRA[name][0]))
+
+
+def counts_near(spec: KernelSpec) -> bool:
+    """Whether a formula reads `len` where a sliding window decides which entries count."""
+    formulas = [hole for _, hole in spec.holes if isinstance(hole, Expr)]
+    reads = any(n.op == "scalar" and n.value == "len" for hole in formulas for n in hole.walk())
+    return reads and bool(dict(spec.facts).get("sliding"))
 
 
 def padded(size: int) -> int:
@@ -78,13 +91,14 @@ def _decode(spec: KernelSpec) -> tuple[Entry, ...]:
     first = _types(
         f"*T: q k_new v_new k v; {pool}; *i64: now active layer; *{logits}: logits; fp32: scale; "
         "i32: q_b q_h k_b k_h v_b v_h now_b active_b table_row slots capacity rows kv_heads target min_chunk"
-        + _extra(spec, "cap", "reach"),
+        + _extra(spec, "cap", "reaches"),
         dtype,
     )
     second = _types(
         "*fp32: part_acc part_max part_sum lse state score; *i32: plan pos table length top; "
         f"*{logits}: logits; *T: out; *i64: layer now; "
-        "i32: out_b out_h lse_b table_row slots capacity score_row rows kv_heads now_b" + _extra(spec, "sink"),
+        "i32: out_b out_h lse_b table_row slots capacity score_row rows kv_heads now_b"
+        + _extra(spec, "sink", *["reaches"] * counts_near(spec)),
         dtype,
     )
     options = {"num_warps": spec.number("warps"), "num_stages": spec.number("stages")}
@@ -102,7 +116,7 @@ def _prefill(spec: KernelSpec) -> tuple[Entry, ...]:
         "*T: q k_new v_new k v out; *i64: new peek start layer; *i32: pos table length first window; *fp32: lse; "
         "i32: q_b q_h q_n k_b k_h k_n v_b v_h v_n out_b out_n clock_b table_row columns rows kv_heads; fp32: scale"
         + ("; *i32: lists counts; i32: most list_blocks" if listed else "")
-        + _extra(spec, "cap", "sink", "reach"),
+        + _extra(spec, "cap", "sink", "reaches"),
         dtype_name(str(spec.fact("dtype"))),
     )
     constants: dict[str, object] = {
@@ -126,7 +140,7 @@ def _evict(spec: KernelSpec) -> tuple[Entry, ...]:
     types = _types(
         "*T: k v; *i32: pos table length free top sites scratch; *u8: frozen fires; *fp32: state score; "
         "*i64: counts now prompt; i32: counts_l counts_n counts_b fires_b now_b prompt_b table_row slots score_row "
-        "capacity batch kv_heads",
+        "capacity batch kv_heads" + _extra(spec, "reaches"),
         dtype_name(str(spec.fact("dtype"))),
     )
     constants: dict[str, object] = {

@@ -17,9 +17,10 @@ from kvcompile.kernels.counts import all_numbers, leaders_of_share, share_total,
 from kvcompile.kernels.evaluate import Rows, number, score
 from kvcompile.kernels.formulas import reads_keys, sources_of
 from kvcompile.kernels.gather import Fresh, gather_rows, with_queries
-from kvcompile.kernels.judge import carry_out, gather_in_place, judging, numbers_of, place_of, scalars_of_clock
+from kvcompile.kernels.judge import carry_out, gather_in_place, judging, met, numbers_of, place_of, scalars_of_clock
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
+from kvcompile.kernels.ranks import everyone, gathered
 from kvcompile.kernels.select import Plainly, keep_mask, region_mask
 from kvcompile.kernels.shares import by_cover, by_softmax
 from kvcompile.kernels.units import full, of_units, reads_next
@@ -56,7 +57,7 @@ def note_scores(plan: PolicyPlan, cls: int, site: Site, b: int, scale: float, fr
     formulas = [term.score for term in terms] + [s for i in shares if (s := plan.shares[i].score) is not None]
     formulas += [e for unit in plan.units for _, e in unit.landmarks]
     rows, order, index = gather_in_place(plan, site, [b], heads, reads_keys(formulas), scale, fresh)
-    rows = with_queries(plan, site, [b], heads, rows, sources_of(formulas), fresh)
+    rows = met(plan, cls, site, with_queries(plan, site, [b], heads, rows, sources_of(formulas), fresh))
     for i, term in enumerate(terms):
         _note(plan, site, f"@score:{cls}:{i}", index, order, _score(plan, part, site, b, rows, term, set(shares)))
     for i in shares:
@@ -80,7 +81,7 @@ def _score(
         raise ValueError("a class that waits for all layers cannot select per query head")
     heads = rows.heads.tolist() if rows.heads is not None else []
     numbers = numbers_of(plan, part, site, [b], heads, rows)
-    place = place_of(0, site, [b], heads, None)
+    place = place_of(0, site, [b], heads, None, plan.first_head)
     candidates = rows.resident & (rows.pos >= 0)
     for region in part.keep:
         if isinstance(region, Region) and not unknown & _shares_in(plan, region.count):
@@ -154,7 +155,8 @@ def _divide(plan: PolicyPlan, sites: list[Site], b: int, parts: Tensor) -> None:
 
 
 def _noted(plan: PolicyPlan, share: int, site: Site, b: int) -> list[tuple[Tensor, Tensor]]:
-    """(positions, noted values) of each row of one layer that uses a share; entries that have a position."""
+    """(positions, noted values) of each row of one layer that uses a share, wherever it is, lower heads first; entries
+    that have a position."""
     state = [s.name for s in plan.states].index(f"@share:{share}")
     using = [cls for cls in range(len(plan.classes)) if share in plan.shares_of(cls)]
     heads = sorted({head for cls in using for head in plan.heads(int(site.layer), cls)})
@@ -164,7 +166,18 @@ def _noted(plan: PolicyPlan, share: int, site: Site, b: int) -> list[tuple[Tenso
         slots = site.slots(row, 0, int(site.length[row]))
         pos = site.pos[slots].long()
         found.append((pos[pos >= 0], site.state[state, slots[pos >= 0]]))
-    return found
+    return found if plan.shard is None else _of_all(plan, found, site.k.device)
+
+
+def _of_all(plan: PolicyPlan, mine: list[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """What all processes have noted; a place without an entry has position -1."""
+    width = max((len(pos) for pos, _ in mine), default=0)
+    own = torch.full((len(mine), width, 2), -1.0, dtype=torch.float64, device=device)
+    for row, (pos, values) in zip(own, mine, strict=True):
+        row[: len(pos), 0], row[: len(pos), 1] = pos.double(), values.double()
+    rows = [row for part in gathered(plan, own, everyone(plan)) for row in part]
+    there = [(row, row[:, 0] >= 0) for row in rows]
+    return [(row[at, 0].long(), row[at, 1].float()) for row, at in there]
 
 
 def _mean_number(rows: list[tuple[Tensor, Tensor]]) -> float:
@@ -202,14 +215,19 @@ def _decide(plan: PolicyPlan, cls: int, sites: list[Site], b: int, scale: float)
     found = []
     for layer in plan.class_layers(cls):
         site, heads = sites[layer], list(plan.heads(layer, cls))
+        if not heads:  # another process has them all
+            continue
         rows, order, index = gather_rows(plan, site, [b], heads, reads_keys(conditions), scale)
         if conditions:
-            rows = with_queries(plan, site, [b], heads, rows, sources_of(conditions), None)
+            rows = met(plan, cls, site, with_queries(plan, site, [b], heads, rows, sources_of(conditions), None))
         judged = judging(part, cls, site, [b], len(heads), rows)
         numbers = numbers_of(plan, part, site, [b], heads, rows)
         found.append((site, heads, rows, order, index, judged, numbers))
+    if not found:
+        return
     all_rows = _joined([rows for _, _, rows, *_ in found])
-    judged = torch.cat([j for *_, j, _ in found if j is not None]) if conditions else None
+    known = [judged for *_, judged, _ in found if judged is not None]
+    judged = torch.cat(known) if known else None
     place = Place(
         cls,
         tuple(int(site.layer) for site, heads, *_ in found for _ in heads),
@@ -217,6 +235,7 @@ def _decide(plan: PolicyPlan, cls: int, sites: list[Site], b: int, scale: float)
         (b,) * len(all_rows.pos),
         sites[0].picked,
         judged,
+        plan.first_head,
     )
     ends = sites[0].clock[b, Clock.ENDS].bool().expand(len(all_rows.pos))
     numbers = torch.cat([n for *_, n in found], 1)

@@ -20,6 +20,7 @@ from kvcompile.kernels.formulas import sources_of, states_read
 from kvcompile.kernels.gather import Fresh, gather_rows, placed, sampled, sequence
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import Expr, PolicyPlan, QuerySource, StatePlan, Update, evidence_of, words_of
+from kvcompile.kernels.ranks import across
 from kvcompile.kernels.rotary import rotate
 
 BLOCK = 256  # queries whose probabilities are held at a time
@@ -107,6 +108,8 @@ def _newcomers(plan: PolicyPlan, site: Site, b: int, fresh: Fresh, weights: Weig
         raw=fresh.k[:, real] if plan.compact else None,
         own=q,
         weights=weights,
+        first=plan.first_head,
+        across=across(plan, None, int(site.layer)),
     )
     count = held + 1 + torch.arange(fresh.real, device=pos.device)
     return rows, {("scalar", "now"): pos, ("scalar", "len"): count, ("field", "age"): torch.zeros_like(pos)}
@@ -164,7 +167,7 @@ def observe(
             own.copy_(fresh.state)
             continue
         rows, order, index = gather_rows(plan, site, [b], heads, True, scale, fresh)
-        rows = replace(rows, weights=weights, state=dict(rows.state))
+        rows = replace(rows, weights=weights, state=dict(rows.state), across=across(plan, None, int(site.layer)))
         for name, more in growth(tuple(s for s in plan.states if s not in in_turn), rows, fresh).items():
             rows.state[name] = rows.state[name] + more
         if updates:
@@ -227,7 +230,7 @@ def grow_states(plan: PolicyPlan, site: Site, rows: Rows, order: Tensor, index: 
     formulas = [s.add for s in plan.states if s.add is not None] + _formulas(plan.updates)
     queries = (rows.queries or {})[FORWARD]
     known = {s: _of(queries, s) for s in sources_of(formulas)} | {FORWARD: queries}
-    rows = replace(rows, queries=known, state=dict(rows.state))
+    rows = replace(rows, queries=known, state=dict(rows.state), across=across(plan, None, int(site.layer)))
     _grow([s for s in plan.states if s.add is not None], rows)
     _assign([u for u in plan.updates if u.event == "attend"], rows, None)
     _assign([u for u in plan.updates if u.event == "step"], rows, None)

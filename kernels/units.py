@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.evaluate import Rows, unit_columns
+from kvcompile.kernels.arithmetic import unit_columns
+from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.plan import Expr, Selection, UnitPlan, words_of
 
 

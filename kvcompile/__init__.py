@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from kvcompile.inspection import inspect
     from kvcompile.kernels.errors import KvCompileError
     from kvcompile.learning.learn import learn
+    from kvcompile.limits import CacheFull
     from kvcompile.passes.explain import explain
+    from kvcompile.plain import session
     from kvcompile.reporting import report
+    from kvcompile.saving import load_cache, save_cache
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheFull",
     "KvCache",
     "KvCompileError",
     "PolicyError",
@@ -32,13 +36,17 @@ __all__ = [
     "export",
     "inspect",
     "learn",
+    "load_cache",
     "optimize",
     "report",
     "restore",
+    "save_cache",
+    "session",
     "use",
 ]
 
 _HOMES = {
+    "CacheFull": "kvcompile.limits",
     "KvCache": "kvcompile.cache",
     "KvCompileError": "kvcompile.kernels.errors",
     "PolicyError": "kvcompile.dsl.diagnostics",
@@ -47,9 +55,12 @@ _HOMES = {
     "export": "kvcompile.exporting",
     "inspect": "kvcompile.inspection",
     "learn": "kvcompile.learning.learn",
+    "load_cache": "kvcompile.saving",
     "optimize": "kvcompile.api",
     "report": "kvcompile.reporting",
     "restore": "kvcompile.api",
+    "session": "kvcompile.plain",
+    "save_cache": "kvcompile.saving",
     "use": "kvcompile.api",
 }
 

@@ -6,32 +6,49 @@ policy keeps. Only the model that made it can extend it.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvcompile import moving
+from kvcompile.drafting import why_not
+from kvcompile.guard import Guard
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.run import Run
 from kvcompile.sequences import Sequences
-from kvcompile.store import ExtentStore, PagedStore
+from kvcompile.store import ExtentStore, PagedStore, on_device
 
 
 class KvCache(Cache):
     """Paged, ragged per (sequence, layer, KV head). Made by an optimised model, never by hand."""
 
-    def __init__(self, plan: PolicyPlan, batch: int, paged: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: PolicyPlan,
+        batch: int,
+        paged: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """sinks: float32 [layers, q_heads], where the model's softmax has one more logit per query head."""
         super().__init__(layers=[])
         self.plan = plan
         self.batch = batch
         self.columns = 0  # columns of input_ids seen so far, padding included: what generate() counts
-        self.store = (PagedStore if paged else ExtentStore)(plan, batch, dtype, device)
+        self.store = (PagedStore if paged else ExtentStore)(plan, batch, dtype, device, sinks)
         self.loose = False  # whether entries have gone, or come from a prompt, since the store was settled
         self.sequences = Sequences(plan, batch)
         self.run = Run(plan, self.store, batch)
+        self.guard = Guard()
+        self._drafted = False  # whether the latest tokens are a draft that crop() has not answered yet
+        self._ring: list[tuple[int, int, Tensor]] = []  # of each sequence: start and stop of a draft, queries replaced
         weakref.finalize(self, self.run.close).atexit = False
 
     def positions(self, layer: int, row: int = 0) -> list[Tensor]:
@@ -87,27 +104,157 @@ class KvCache(Cache):
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise KvCompileError("this KvCache belongs to an optimised model: pass it to that model, no other can fill it")
 
-    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("crop", "assisted decoding and crop() need evicted entries back")
+    def crop(self, tokens: int) -> None:
+        """Go back: `tokens` < 0 takes so many of the newest tokens from every sequence, `tokens` > 0 cuts each to so
+        many, 0 leaves all as it is (as in transformers).
 
-    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("reorder_cache", "beam search moves sequences between rows; use num_beams=1")
+        KvCompileError, and nothing has changed, where a sequence's policy has decided with tokens that would go, or
+        where its states have grown by what they read.
+        """
+        tokens = int(tokens)  # transformers has it on the device
+        with self._own():
+            slides, self._drafted = self._drafted and any(self.plan.facts.windows), False
+            seen = [max(0, s.seen + tokens) if tokens <= 0 else min(s.seen, tokens) for s in self.sequences.each]
+            if tokens == 0 and not slides:
+                return
+            for b, n in enumerate(seen):
+                reason = self.sequences.fixed(b, n)
+                if reason:
+                    raise KvCompileError(
+                        f"sequence {b} cannot be cropped to {n} tokens: {reason}; reset() empties the cache, and a "
+                        "clone() taken earlier still has what has gone"
+                    )
+            gone = [s.seen - n for s, n in zip(self.sequences.each, seen, strict=True)]
+            for b, n in enumerate(seen):
+                if gone[b] or slides:
+                    self._crop(b, n, slides)
+            self.columns -= max(gone)
 
-    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("batch_repeat_interleave", "pass the prompt once per continuation instead")
+    def _crop(self, b: int, seen: int, slides: bool) -> None:
+        """One sequence; slides: entries that have left their layer's sliding window go, too."""
+        seq = self.sequences.each[b]
+        gone = seq.seen - seen
+        moving.cut(self.store, b, seen, slides)
+        if slides:
+            seq.decided = seen
+        since = self._put_back(b, seen)
+        self.run.take_back(b, gone, gone if seen >= seq.prompt else seq.steps)
+        self.sequences.crop(b, seen, since)
 
-    def batch_select_indices(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("batch_select_indices", "sequences cannot be taken out of a running batch yet")
+    def remember(self, new: list[int]) -> None:
+        """Before a draft of so many tokens per sequence: keep what it will overwrite of the newest queries."""
+        self._drafted, self._ring = True, []
+        for b, n in enumerate(new if self.plan.ring else []):
+            start = self.sequences.each[b].seen
+            slots = torch.arange(start, start + min(n, self.plan.ring), device=self.store.device) % self.plan.ring
+            self._ring.append((start, start + n, self.store.ring[:, b, :, slots].clone()))
 
-    def reset(self) -> NoReturn:
-        _refuse("reset", "start from no cache: the model makes a new one")
+    def _put_back(self, b: int, seen: int) -> int | None:
+        """Undo a draft's changes to the newest queries from position `seen` on; since when they are known, if so."""
+        start, stop, saved = self._ring[b] if self._ring else (0, -1, self.store.ring)
+        if stop != self.sequences.each[b].seen or seen < start:
+            return None
+        lost = torch.arange(seen, start + saved.shape[2], device=self.store.device)
+        self.store.ring[:, b, :, lost % self.plan.ring] = saved[:, :, lost - start]
+        return start
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        _refuse("a copy", "run the prompt again, or keep one cache per continuation")
+    def select(self, sequences: Sequence[int] | Tensor) -> None:
+        """Sequence i becomes what `sequences[i]` was. Any order; repeats make several continuations of one prefix, and
+        what is not named is released. On pages repeats share them, in extents they are copied."""
+        chosen = [int(b) for b in (sequences.tolist() if isinstance(sequences, Tensor) else sequences)]
+        wrong = [b for b in chosen if not 0 <= b < self.batch]
+        if wrong or not chosen:
+            named = f"sequence {wrong[0]}" if wrong else "no sequence at all"
+            raise KvCompileError(f"{named} of a cache with {self.batch} sequences cannot be selected")
+        with self._own():
+            if chosen == list(range(self.batch)):
+                return
+            moving.select(self.store, chosen)
+            self.sequences.select(chosen)
+            self.run.select(chosen)
+            self.batch = len(chosen)
+            self._ring = []
+
+    def clone(self) -> KvCache:
+        """A cache of its own with the same content; both go on apart from each other."""
+        return KvCache.join([self])
+
+    @staticmethod
+    def join(caches: Sequence[KvCache]) -> KvCache:
+        """A new cache that holds the sequences of all these, in order; they stay as they are.
+
+        KvCompileError where they are not of one policy, layout, dtype and device; CacheFull where the copies do not
+        fit beside them. `get_seq_length` is the largest.
+        """
+        if not caches:
+            raise KvCompileError("join needs at least one cache")
+        first = caches[0]
+        for other in caches[1:]:
+            first._refuse_stranger(other)
+        with contextlib.ExitStack() as stack:
+            for cache in caches:
+                stack.enter_context(cache._own())
+            made = first._like(sum(c.batch for c in caches))
+            moving.join(made.store, [c.store for c in caches])
+            made.columns = max(c.columns for c in caches)
+            made.sequences.each = [s.copy() for c in caches for s in c.sequences.each]
+            made.run.take_over([c.run for c in caches])
+        return made
+
+    def _like(self, batch: int) -> KvCache:
+        """An empty cache of the same kind, under the same limit."""
+        store = self.store
+        sinks = store.sink if store.sink.shape[0] else None
+        made = KvCache(self.plan, batch, isinstance(store, PagedStore), store.dtype, store.device, sinks)
+        made.store.ahead = store.ahead
+        store.limit.watch(made.store)
+        return made
+
+    def _refuse_stranger(self, other: KvCache) -> None:
+        mine, its = self.store, other.store
+        if other.plan.digest != self.plan.digest:
+            raise KvCompileError(f"caches of {self.plan.name} and {other.plan.name} cannot be joined: one policy only")
+        if (type(mine), mine.dtype, mine.device) != (type(its), its.dtype, its.device):
+            raise KvCompileError("caches of different backends, dtypes or devices cannot be joined")
+
+    def reset(self) -> None:
+        """Forget all sequences; the cache is as new, for as many sequences as before."""
+        with self.guard.held(), torch.inference_mode(False):
+            fresh = self._like(self.batch)
+            self.store.become(fresh.store)
+            self.run.start()
+            self.sequences, self.columns, self.loose, self._ring = fresh.sequences, 0, False, []
+            self.guard.fault = ""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """`select`, as beam search calls it."""
+        self.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """`select`, each sequence so many times in a row."""
+        self.select([b for b in range(self.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """`select`, by numbers or by a mask, bool [batch]."""
+        self.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens that were decoded can be taken back whenever that is asked."""
+        return not why_not(self.plan)
+
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[None]:
+        """An operation between forwards: this thread's, on whole content, on the cache's device."""
+        # A cache outlives the mode that it was made in, and inference tensors could not be written to later.
+        with self.guard.held(), torch.inference_mode(False), torch.no_grad(), on_device(self.store.device):
+            self.guard.refuse_fault()
+            yield
+
+    def __deepcopy__(self, memo: object) -> KvCache:
+        return self.clone()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        _refuse("pickling", "saving and restoring a cache is not built yet")
-
-
-def _refuse(what: str, why: str) -> NoReturn:
-    raise KvCompileError(f"KvCache does not support {what} yet: {why}")
+        raise KvCompileError(
+            "a KvCache cannot be pickled: kvcompile.save_cache(model, cache, path) writes it to a file"
+        )

@@ -39,6 +39,7 @@ def bench(
     tables: shared.Tables = None,
     backend: shared.Backend = "auto",
     compile_how: shared.Compile = "auto",
+    max_bytes: shared.MaxBytes = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Measure a policy's speed and memory beside the untouched model, in alternating turns."""
@@ -58,7 +59,7 @@ def bench(
     with shared.progress("loading the model"):
         decoder = shared.load_model(model)
         ids = batch_of(shared.made_up_prompt(decoder, tokens + generate), batch)
-    contestants = [Contestant(_title(policy), policy, options), *others]
+    contestants = [Contestant(_title(policy), policy, {**options, "max_bytes": max_bytes}), *others]
     what = f"{batch} x {tokens} prompt tokens and {generate} steps, {rounds} rounds of {len(contestants)} contestants"
     with shared.progress(what):
         found = measured(decoder, contestants, Course(ids, tokens, rounds))

@@ -24,6 +24,7 @@ def explain(
     name: shared.PolicyName = None,
     settings: shared.Settings = None,
     tables: shared.Tables = None,
+    max_bytes: shared.MaxBytes = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Say what a policy holds and costs on a model, before anything runs."""
@@ -32,9 +33,8 @@ def explain(
     from kvcompile.passes.explain import explain as explained
 
     config = shared.load_config(model)
-    facts: Any = explained(
-        policy, config, prompt=prompt, generate=generate, batch=batch, gpu=gpu, name=name, tables=paths, **params
-    )
+    asked: dict[str, Any] = {"gpu": gpu, "name": name, "tables": paths, "max_bytes": max_bytes, **params}
+    facts: Any = explained(policy, config, prompt=prompt, generate=generate, batch=batch, **asked)
     shared.print_result(facts, as_json)
 
 
@@ -49,6 +49,7 @@ def run(
     tables: shared.Tables = None,
     backend: shared.Backend = "auto",
     compile_how: shared.Compile = "auto",
+    max_bytes: shared.MaxBytes = None,
     as_json: shared.AsJson = False,
 ) -> None:
     """Generate text under a policy, and report what was measured."""
@@ -63,14 +64,20 @@ def run(
         ids = shared.encode(tokenizer, text, decoder.device)
 
     from kvcompile.api import use
+    from kvcompile.limits import CacheFull
     from kvcompile.reporting import report
 
     asked = {"attention_mask": ids.new_ones(ids.shape), "max_new_tokens": max_new_tokens, "do_sample": False}
     with ExitStack() as stack:
         with shared.progress("compiling the policy and its kernels"):
-            stack.enter_context(use(decoder, policy, **options))
+            stack.enter_context(use(decoder, policy, max_bytes=max_bytes, **options))
         with shared.progress(f"{ids.shape[1]} prompt tokens, up to {max_new_tokens} new ones"):
-            new = decoder.generate(ids, **asked)[0, ids.shape[1] :]
+            try:
+                new = decoder.generate(ids, **asked)[0, ids.shape[1] :]
+            except CacheFull as error:  # what there is of the answer comes before the reason
+                if error.sequences is not None:
+                    typer.echo(tokenizer.decode(error.sequences[0, ids.shape[1] :], skip_special_tokens=True))
+                raise
         measured = report(decoder)
     answer = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:

@@ -35,6 +35,22 @@ PolicyName = Annotated[
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, reference, cpu or triton.")]
 COMPILE = ("auto", "inductor", "eager", "off", "cudagraph", "cudagraph+inductor")
 Compile = Annotated[str, typer.Option("--compile", metavar="HOW", help="auto, inductor, eager, off or cudagraph.")]
+
+
+def _size(text: str | None) -> int | None:
+    from kvcompile.kernels.errors import KvCompileError
+    from kvcompile.kernels.sizes import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(int(text) if text.isdecimal() else text)
+    except KvCompileError as error:
+        raise typer.BadParameter(str(error).partition(": ")[2]) from None
+
+
+MaxBytes = Annotated[
+    str | None,
+    typer.Option("--max-bytes", metavar="SIZE", callback=_size, help="Most bytes of cache, such as 2GiB or 512MB."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[
@@ -46,7 +62,7 @@ MADE_UP_LENGTH = 256
 
 # The names that optimize, use and explain take for themselves.
 RESERVED = frozenset(
-    {"model", "model_or_config", "policy", "backend", "compile", "name", "tables", "max_bytes"}
+    {"model", "model_or_config", "policy", "backend", "compile", "name", "tables", "max_bytes", "positions"}
     | {"prompt", "generate", "batch", "gpu", "steps", "input_ids"}
 )
 

@@ -42,7 +42,9 @@ def plan_lines(plan: PolicyPlan) -> Iterator[str]:
     if plan.compact:
         yield "keys are rotated by their place in the row"
     for index, cls in enumerate(plan.classes):
-        rows = f"{plan.class_size(index)} KV heads, {_layers(plan, index)}"
+        reach = plan.class_reach(index)
+        window = f", with a sliding window of {reach} tokens" if reach else ""
+        rows = f"{plan.class_size(index)} KV heads, {_layers(plan, index)}{window}"
         yield f"class {cls.name}: " + (rows if cls.rows_of is None else f"rows of {plan.classes[cls.rows_of].name}")
         yield from (f"  {line}" for line in _class_lines(plan, cls))
     for state in plan.states:

@@ -1,11 +1,12 @@
 """Runs decoder layers of an optimised model: as they are, or through torch.compile with our graph pass.
 
-One callable per phase, compiled once and shared by all layers: a layer's identity reaches the graph as
-tensors, so compile time does not grow with depth.
+One callable per phase and kind of layer, compiled once and shared by all such layers: a layer's identity reaches the
+graph as tensors, so compile time does not grow with depth.
 """
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,19 +18,51 @@ from transformers import AttentionInterface
 
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Site
+from kvcompile.kernels.plan import ModelFacts
 from kvcompile.passes.dump import dump_graph
+from kvcompile.passes.families import CARRIERS
 from kvcompile.passes.open_anchors import OpenAnchors
 
 ATTENTION = "kvcompile"
 INNER = ("off", "eager", "inductor")
 
 
+class Variant(NamedTuple):
+    """What the plan takes a layer's attention for; the layer must ask for the same. window 0: none, softcap 0: none."""
+
+    scale: float
+    window: int
+    softcap: float
+    sinks: bool
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def variants_of(facts: ModelFacts, scale: float) -> tuple[Variant, ...]:
+    """Of every layer."""
+    shape = facts.q_heads, facts.kv_heads, facts.head_dim
+    return tuple(Variant(scale, facts.reach(i), facts.softcap, facts.sinks, *shape) for i in range(facts.layers))
+
+
 class Anchor(NamedTuple):
-    """What one layer's call hands its attention: the phase, the program's digest, the site's tensors."""
+    """What one layer's call hands its attention: the phase, the program's digest, the site's tensors, and what the
+    layer is expected to ask for (None: not checked)."""
 
     phase: str
     site: str
     store: list[Tensor]
+    variant: Variant | None = None
+
+
+class Closed:
+    """An anchor that hooks do not look into: accelerate's would copy its tensors to the layer's device, and what is
+    written to copies is lost."""
+
+    __slots__ = ("anchor",)
+
+    def __init__(self, anchor: Anchor) -> None:
+        self.anchor = anchor
 
 
 @dataclass
@@ -54,30 +87,54 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    kvc: Anchor | None = None,
+    kvc: Anchor | Closed | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: one anchor operator a site. Returns [batch, n, q_heads, head_dim]."""
+    """transformers' attention interface: one anchor operator a site. Returns [batch, n, q_heads, head_dim].
+
+    A layer on another device than the cache has its attention carried out where the cache is.
+    """
+    if kvc is None and isinstance(kwargs.get("position_ids"), (Anchor, Closed)):
+        kvc = kwargs["position_ids"]
+    if isinstance(kvc, Closed):
+        kvc = kvc.anchor
     if kvc is None:
         raise KvCompileError(
             "an optimised model's layers run only inside the model's own forward: call the model itself"
         )
-    refuse_variants(module, attention_mask, kwargs)
+    if attention_mask is not None:
+        raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site)
-    return out, None
+    if kvc.variant is not None:
+        _check_variant(module, kvc.variant, scale, query, key, value, kwargs)
+    home = kvc.store[1].device
+    if query.device == home:
+        return torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site), None
+    moved = (t.to(home) for t in (query, key, value))
+    return torch.ops.kvc.anchor_v1(*moved, kvc.store, scale, kvc.phase, kvc.site).to(query.device), None
 
 
 AttentionInterface.register(ATTENTION, attention)
 
 
-def refuse_variants(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """KvCompileError where a layer asks its attention for what no policy is carried out under yet."""
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise KvCompileError(f"{type(module).__name__} asks for {name}, which is not supported yet")
-    if attention_mask is not None:
-        raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")
+def _check_variant(
+    module: nn.Module, plan: Variant, scale: float, query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any]
+) -> None:
+    """KvCompileError where a layer asks for other attention than its plan was made for. Host numbers only."""
+    # A layer that does not name its window has it from the mask, which follows the configuration as the plan does.
+    window = (asked["sliding_window"] or 0) if "sliding_window" in asked else plan.window
+    softcap = asked.get("softcap") or 0.0
+    sinks = asked.get("s_aux") is not None
+    width = query.shape[3] if query.shape[3] == key.shape[3] == value.shape[3] else -1
+    asks = Variant(scale, window, softcap, sinks, query.shape[1], key.shape[1], width)
+    if asks == plan:
+        return
+    odd = [f"{name} {a} instead of {b}" for name, a, b in zip(Variant._fields, asks, plan, strict=True) if a != b]
+    raise KvCompileError(
+        f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__}) asks for attention with "
+        f"{', '.join(odd)}: the model's configuration says otherwise, or has changed since optimize. Make them agree, "
+        "then optimise again; if they do agree, this kind of model is not supported"
+    )
 
 
 @dataclass(frozen=True)
@@ -97,25 +154,33 @@ class Layers:
 
     policy: str
     inner: str
+    variants: tuple[Variant, ...]
     records: list[GraphRecord] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
-    _callables: dict[tuple[str, type[nn.Module]], Callable[..., Any]] = field(default_factory=dict)
+    _callables: dict[tuple[str, int], Callable[..., Any]] = field(default_factory=dict)
+    _kinds: dict[object, int] = field(default_factory=dict)
 
     @property
     def recompiles(self) -> int:
-        """Graphs beyond the first of each (phase, layer class)."""
+        """Graphs beyond the first of each (phase, kind of layer)."""
         return max(0, len(self.records) - len(self._callables))
 
-    def run(self, call: Call, layer: nn.Module, index: int, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def kind(self, layer: nn.Module, index: int) -> int:
+        """The number of a layer's kind: layers of one kind run one graph."""
+        return self._kinds.setdefault((self.variants[index], kind_of(layer)), len(self._kinds))
+
+    def run(self, call: Call, at: LayerForward, args: Any, kwargs: Any) -> Any:
         """One decoder layer's forward under a call."""
-        kwargs["kvc"] = Anchor(call.phase, call.site, list(call.sites[index]))
+        layer, index, plain = at.layer, at.index, at.plain
+        anchor = Anchor(call.phase, call.site, list(call.sites[index]), self.variants[index])
+        kwargs[CARRIERS.get(type(layer).__name__, "kvc")] = Closed(anchor) if at.hooked else anchor
         # A forward that someone else has put there does more than the class's own, so it runs as it is.
         if not call.compiled or self.breaks or getattr(plain, "__func__", None) is not type(layer).forward:
             return plain(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        key = (call.phase, type(layer))
+        key = (call.phase, at.kind)
         if key not in self._callables:
-            self._callables[key] = shared_callable(call.phase, type(layer), self._backend(call.phase))
+            self._callables[key] = shared_callable(call.phase, type(layer), self._backend(call.phase), at.kind)
         if call.phase != "step":
             mark_lengths(hidden, kwargs)
         _mark_pools(call.sites[index])
@@ -149,12 +214,30 @@ class Layers:
         return backend
 
 
-def shared_callable(phase: str, layer_class: type[nn.Module], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+_NUMBERS = re.compile(r"(layer|block)_?(idx|id|index|number|num)?|idx|index")
+
+
+def kind_of(layer: nn.Module) -> object:
+    """What a graph of a layer may depend on, hashable: its modules, their plain attributes but for the layer's own
+    number, and the shapes of its weights."""
+    modules = []
+    for name, module in layer.named_modules():
+        plain = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
+        for key in [k for k in plain if k == "training" or _NUMBERS.fullmatch(k)]:
+            del plain[key]
+        modules.append((name, type(module), tuple(sorted(plain.items()))))
+    return tuple(modules), tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())
+
+
+def shared_callable(
+    phase: str, layer_class: type[nn.Module], backend: str | Callable[..., Any], kind: int = 0
+) -> Callable[..., Any]:
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return layer_class.forward(layer, *args, **kwargs)
 
-    # torch keeps compiled code per code object: each phase has its own, so that phases are no recompiles.
-    code = run.__code__.replace(co_name=f"{layer_class.__name__}_{phase.replace('.', '_')}")
+    # torch keeps compiled code per code object: each phase and kind has its own, so that neither is a recompile. What
+    # torch has learned of sizes that change it keeps by name.
+    code = run.__code__.replace(co_name=f"{layer_class.__name__}_{kind}_{phase.replace('.', '_')}")
     own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
     return torch.compile(own, backend=backend, fullgraph=True)
 
@@ -183,11 +266,13 @@ class LayerForward:
     def __init__(self, layers: Layers, layer: nn.Module, index: int) -> None:
         self.layers, self.layer, self.index = layers, layer, index
         self.plain = layer.forward
+        self.kind = layers.kind(layer, index)
+        self.hooked = any(hasattr(module, "_hf_hook") for module in layer.modules())
 
     def __call__(self, *args: Any, kvc: Call | None = None, **kwargs: Any) -> Any:
         if kvc is None:
             return self.plain(*args, **kwargs)
-        return self.layers.run(kvc, self.layer, self.index, self.plain, args, kwargs)
+        return self.layers.run(kvc, self, args, kwargs)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise no_copies()

@@ -150,7 +150,7 @@ def _decomposed(
         from kvcompile.probe import run_probes
 
         compiled = compile_policy(policy, model_facts(source), probes=run_probes(decoder, sites, asked), **options)
-    plan, scale = compiled.plan, float(sites[layer].attention.scaling)  # type: ignore[arg-type]
+    plan, scale = compiled.plan, sites[layer].scale
     with _named(plan, layer, phase, to), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch_mlir import fx

@@ -6,7 +6,6 @@ graph pass is the one that compiled models go through; weights are inputs, never
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from kvcompile.api import optimized, use
-from kvcompile.compiled import Anchor, Call
+from kvcompile.compiled import Anchor, Call, LayerForward
 from kvcompile.kernels.decomposed import PHASES, Port
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.passes.families import CARRIERS
 from kvcompile.passes.open_anchors import OpenAnchors, gathered_evictions
 from kvcompile.probe import positions_of, random_tokens
 
@@ -51,12 +51,12 @@ def layer_graphs(
         engine = optimized(model).forward.engine
         plain = engine.layers.run
 
-        def run(call: Call, module: nn.Module, index: int, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            if index == layer and call.phase == PHASES[phase]:
-                found[:] = [_traced(engine.plan, call, module, index, engine.scale, args, kwargs)]
-            return plain(call, module, index, own, args, kwargs)
+        def run(call: Call, at: LayerForward, args: Any, kwargs: Any) -> Any:
+            if at.index == layer and call.phase == PHASES[phase]:
+                found[:] = [_traced(engine.plan, call, at.layer, at.index, engine.scale, args, kwargs)]
+            return plain(call, at, args, kwargs)
 
-        engine.layers.run = run  # type: ignore[method-assign,assignment]
+        engine.layers.run = run  # type: ignore[method-assign]
         new = 1 if phase == "prefill" else 2
         ids = random_tokens(model, length)[None].to(next(model.parameters()).device)
         generate: Any = model.generate
@@ -89,7 +89,8 @@ def _traced(
     plan: PolicyPlan, call: Call, layer: nn.Module, index: int, scale: float, args: Any, kwargs: Any
 ) -> tuple[LayerGraph, ...]:
     anchor = Anchor(call.phase, call.site, list(call.sites[index]))
-    paths, spec = pytree.tree_flatten_with_path((args, {**kwargs, "kvc": anchor}))
+    carrier = CARRIERS.get(type(layer).__name__, "kvc")
+    paths, spec = pytree.tree_flatten_with_path((args, {**kwargs, carrier: anchor}))
     leaves = [leaf for _, leaf in paths]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     module = _Plain(layer)

@@ -6,22 +6,38 @@ right-aligned, without padding inside a row and with explicit positions; no mask
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
 
 from kvcompile.cache import KvCache
-from kvcompile.compiled import ATTENTION, Call, Layers, no_copies
+from kvcompile.compiled import Call, Layers, no_copies
 from kvcompile.cuda_graphs import AHEAD, StepGraphs
+from kvcompile.cuts import cuts_of, is_aligned, keep_columns, last_only, places_of, positions_of
+from kvcompile.drafting import drafted
+from kvcompile.guard import Traffic
+from kvcompile.health import refuse_nan
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.span import waits
+from kvcompile.limits import CacheFull, Limit
+from kvcompile.multimodal import Inputs, is_multimodal, with_images
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
+from kvcompile.passes.facts import text_config
+from kvcompile.refusals import (
+    check_positions,
+    refuse_beside,
+    refuse_empty,
+    refuse_pieces,
+    refuse_unsupported,
+    wants_hidden_states,
+)
 from kvcompile.reserve import reserve_prefill
-from kvcompile.rotary import RopeTable
+from kvcompile.rotary import RopeTable, angles_upto
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
 from kvcompile.store import PagedStore, on_device, to_device
@@ -41,6 +57,13 @@ class Engine:
     compiled: bool
     rope: RopeTable | None = None  # where the policy turns keys by itself
     graphs: StepGraphs | None = None  # where steps are replayed
+    sink_logits: tuple[Tensor, ...] = ()  # [q_heads] of each layer, the model's own parameters
+    home: torch.device | None = None  # where caches lie; None: where their first tokens are
+    limit: Limit = field(default_factory=lambda: Limit(None))  # on the bytes of all its caches
+
+    def sinks(self) -> Tensor | None:
+        """The model's sink logits as a cache takes them, float32 [layers, q_heads]; None where it has none."""
+        return torch.stack([s.detach().float() for s in self.sink_logits]) if self.sink_logits else None
 
     @functools.cached_property
     def waiting(self) -> dict[bool, list[int]]:
@@ -57,6 +80,7 @@ class OptimizedForward:
         self.run: Any = None  # account of the cache that ran last
         self.model = model
         self.closed = False
+        self.traffic = Traffic()
         functools.update_wrapper(self, self.original)
 
     def __call__(
@@ -77,28 +101,67 @@ class OptimizedForward:
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
                 logits_to_keep=logits_to_keep, **kwargs,
             )  # fmt: skip
-        _refuse_unsupported(self.model, kwargs)
+        refuse_unsupported(self.model, kwargs)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise KvCompileError("give exactly one of input_ids and inputs_embeds")
+        refuse_empty(tokens)
         as_tuple = kwargs.pop("return_dict", None) is False
         # A cache outlives the mode that it was made in, and inference tensors could not be written to later.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self.traffic.inside():
             cache = self._cache(past_key_values, tokens)
             columns = columns_of(tokens, attention_mask)
-            _check_positions(cache, columns, position_ids)
-            if _wants_hidden_states(self.model, kwargs):
-                _refuse_pieces(self.engine.plan, columns, tokens.shape[1])
-            output = self._forward(tokens, columns, cache, logits_to_keep, kwargs, input_ids is None)
-            cache.columns += tokens.shape[1]
-            if cache.loose:
-                cache.store.settle()
-                cache.loose = False
+            embedded = input_ids is None
+            if is_multimodal(self.model):
+                with self.traffic.forwards:
+                    tokens, embedded, kwargs = with_images(self.model, self.original, Inputs(tokens, embedded, kwargs))
+            check_positions(cache, columns, position_ids)
+            refuse_beside(self.engine.plan, columns, tokens.shape[1], kwargs)
+            if wants_hidden_states(self.model, kwargs):
+                refuse_pieces(self.engine.plan, columns, tokens.shape[1])
+            with cache.guard.extending(), self.traffic.forwards:
+                output = self._extended(tokens, columns, cache, logits_to_keep, kwargs, embedded)
             output.past_key_values = cache if use_cache is not False else None
             if labels is not None:
-                loss = self.model.loss_function(output.logits, labels, self.model.config.vocab_size, **kwargs)
+                size = text_config(self.model.config).vocab_size
+                loss = self.model.loss_function(output.logits, labels, size, **kwargs)
                 output = type(output)(loss=loss, **{key: value for key, value in output.items() if key != "loss"})
         return output.to_tuple() if as_tuple else output
+
+    def _extended(
+        self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], embeds: bool
+    ) -> Any:
+        """A call's output, its tokens taken over into the cache; nothing of it is where no layer has run."""
+        self.run = cache.run
+        former = [(s.seen, s.prompt, s.steps, s.prefilled) for s in cache.sequences.each]
+        try:
+            output = self._forward(tokens, columns, cache, keep, kwargs, embeds)
+        except BaseException as error:
+            if isinstance(error, CacheFull):
+                error.cache = cache
+            if not cache.guard.touched:
+                for s, was in zip(cache.sequences.each, former, strict=True):
+                    s.seen, s.prompt, s.steps, s.prefilled = was
+            raise
+        cache.columns += tokens.shape[1]
+        if cache.loose:
+            cache.store.settle()
+            cache.loose = False
+        if cache.store.device.type == "cpu" or cache.guard.touched != "step":  # elsewhere a step must not wait
+            seen = [was[0] for was in former]
+            refuse_nan(cache, output.logits, lambda: self._again(tokens, columns, seen, kwargs, embeds))
+        return output
+
+    def _again(self, tokens: Tensor, columns: Columns, seen: list[int], kwargs: dict[str, Any], embeds: bool) -> None:
+        """A call once more, layer by layer, at the same positions of a cache of its own that holds nothing."""
+        cache, engine = self.new_cache(tokens.shape[0], tokens.device), self.engine
+        for s, n in zip(cache.sequences.each, seen, strict=True):
+            s.seen = n
+        self.engine = replace(engine, compiled=False, graphs=None, tail=None)
+        try:
+            self._forward(tokens, columns, cache, 1, kwargs, embeds)
+        finally:
+            self.engine = engine
 
     def _cache(self, past: Any, tokens: Tensor) -> KvCache:
         engine = self.engine
@@ -112,18 +175,23 @@ class OptimizedForward:
                 raise KvCompileError("this KvCache was filled under another policy, model or backend")
             if past.batch != tokens.shape[0]:
                 raise KvCompileError(f"this KvCache holds {past.batch} sequences, the input {tokens.shape[0]}")
-            self.run = past.run
+            engine.limit.watch(past.store)
             return past
         self.run = None  # a finished run's memory goes before the new one's comes
+        return self.new_cache(tokens.shape[0], tokens.device)
+
+    def new_cache(self, batch: int, device: torch.device) -> KvCache:
+        """An empty cache of the model's policy. KvCompileError where the model's dtype has changed meanwhile."""
+        engine = self.engine
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         if str(dtype) != f"torch.{engine.plan.facts.dtype}":
             raise KvCompileError(
                 f"the model is {dtype} now, and was torch.{engine.plan.facts.dtype} when optimised: optimise it again"
             )
-        cache = KvCache(engine.plan, tokens.shape[0], engine.paged, dtype, tokens.device)
+        cache = KvCache(engine.plan, batch, engine.paged, dtype, engine.home or device, engine.sinks())
+        engine.limit.watch(cache.store)
         if engine.graphs is not None:
             cache.store.ahead = AHEAD
-        self.run = cache.run
         return cache
 
     def _forward(
@@ -131,6 +199,11 @@ class OptimizedForward:
     ) -> Any:
         """Steps and prefills of one call; a batch that mixes them runs once for each kind."""
         each = cache.sequences.each
+        draft = drafted(self.model)
+        if draft is not None and tokens.shape[1] > 1:
+            prompt = 0 if all(s.prefilled for s in each) else draft.prompt or tokens.shape[1]
+            if prompt < tokens.shape[1]:
+                return self._draft(tokens, columns, cache, prompt, keep, kwargs, embeds)
         steps = [c if len(c) == 1 and s.prefilled else [] for c, s in zip(columns, each, strict=True)]
         prefills = [[] if s else c for c, s in zip(columns, steps, strict=True)]
         name = "inputs_embeds" if embeds else "input_ids"
@@ -138,13 +211,46 @@ class OptimizedForward:
             return self._step(tokens, steps, cache, keep, kwargs, name)
         if not any(steps):
             return self._prefill(tokens, prefills, cache, keep, kwargs, name)
-        if _wants_hidden_states(self.model, kwargs):
+        if wants_hidden_states(self.model, kwargs):
             raise KvCompileError("output_hidden_states is not supported where some sequences step and others prefill")
+        # Before the step runs, since a prefill that has no room must not leave half of the call behind.
+        reserve_prefill(cache, [cut.pieces for cut in cuts_of(prefills, self.engine.plan)], [bool(s) for s in steps])
         step = self._step(tokens, steps, cache, keep, kwargs, name)
         prefill = self._prefill(tokens, prefills, cache, keep, kwargs, name)
         stepping = torch.tensor([bool(s) for s in steps], device=tokens.device)[:, None, None]
         prefill.logits = torch.where(stepping, step.logits, prefill.logits)
         return prefill
+
+    def _draft(
+        self, tokens: Tensor, columns: Columns, cache: KvCache, prompt: int, keep: int | Tensor,
+        kwargs: dict[str, Any], embeds: bool,
+    ) -> Any:  # fmt: skip
+        """A call whose columns from `prompt` on are candidates: steps, in one forward, that crop() may take back."""
+        width = tokens.shape[1] - prompt
+        if prompt and (wants_hidden_states(self.model, kwargs) or not isinstance(keep, int)):
+            raise KvCompileError("assisted decoding supports neither output_hidden_states nor a choice of logits")
+        name = "inputs_embeds" if embeds else "input_ids"
+        before = [[c for c in cols if c < prompt] for cols in columns]
+        whole = isinstance(keep, int) and not 0 < keep <= width
+        first = None
+        if prompt:
+            early = keep - width if whole and keep else 0
+            first = self._prefill(tokens[:, :prompt], before, cache, early if whole else 1, kwargs, name)
+        rest = [[c - prompt for c in cols if c >= prompt] for cols in columns]
+        if width == 1:
+            output = self._step(tokens[:, prompt:], rest, cache, keep, kwargs, name)
+        else:
+            if not is_aligned(rest, width):
+                raise KvCompileError("padding among the candidates of assisted decoding is not supported")
+            pieces = [Piece(len(c), step=True) for c in rest]
+            cache.remember([p.new for p in pieces])
+            cache.store.reserve_more([p.new for p in pieces])
+            positions = positions_of(cache, pieces, width, tokens.device)
+            wanted = 0 if whole else keep
+            output = self._run(tokens[:, prompt:], positions, pieces, "chunk", cache, wanted, kwargs, name)
+        if whole and first is not None:
+            output.logits = torch.cat([first.logits, output.logits], 1)
+        return output
 
     def _step(
         self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], name: str
@@ -154,8 +260,8 @@ class OptimizedForward:
         newest = gather_columns(tokens, columns, 1) if wide else tokens
         positions = to_device(torch.tensor([[s.seen] for s in cache.sequences.each]), tokens.device)
         output = self._run(newest, positions, pieces, "step", cache, 0, kwargs, name)
-        if wide and not _last_only(keep):
-            output.logits = _keep(scatter_columns(output.logits, columns, pieces, None, tokens.shape[1]), keep)
+        if wide and not last_only(keep):
+            output.logits = keep_columns(scatter_columns(output.logits, columns, pieces, None, tokens.shape[1]), keep)
         return output
 
     def _prefill(
@@ -163,34 +269,35 @@ class OptimizedForward:
     ) -> Any:
         plan = self.engine.plan
         cache.sequences.begin_prefill([len(c) for c in columns])
-        size = plan.chunk or max(1, max(len(c) for c in columns))
-        count = max(1, max(-(-len(c) // size) for c in columns))
-        aligned = count == 1 and _aligned(columns, tokens.shape[1])
+        cuts = cuts_of(columns, plan)
+        count = len(cuts)
+        aligned = count == 1 and is_aligned(columns, tokens.shape[1])
         if not aligned and kwargs.get("output_hidden_states"):
             raise KvCompileError(
                 "output_hidden_states is not supported for prompts that are cut or padded on the right"
             )
-        last_only = isinstance(keep, int) and keep == 1
+        newest = last_only(keep)
         logits: Tensor | None = None
-        cuts = [_cut(columns, j * size, size, plan.peek) for j in range(count)]
         reserve_prefill(cache, [cut.pieces for cut in cuts])
+        last = max(s.seen + len(c) for s, c in zip(cache.sequences.each, columns, strict=True)) - 1
         for parts, both, pieces in cuts:
             ends = [p.ends for p in pieces]
             width = tokens.shape[1] if aligned else max(p.new + p.peek for p in pieces)
-            positions = _positions(cache, pieces, width, tokens.device)
+            positions = positions_of(cache, pieces, width, tokens.device)
             piece = tokens if aligned else gather_columns(tokens, both, width)
             phase = "prefill.end" if any(ends) else "chunk"
-            wanted = keep if aligned else int(last_only)
-            output = self._run(piece, positions, pieces, phase, cache, wanted, kwargs, name)
+            wanted = keep if aligned else int(newest)
+            with angles_upto(self.model, last) if count > 1 else contextlib.nullcontext():
+                output = self._run(piece, positions, pieces, phase, cache, wanted, kwargs, name)
             if aligned:
                 return output
-            if last_only:
+            if newest:
                 done = torch.tensor(ends, device=tokens.device)[:, None, None]
                 logits = output.logits if logits is None else torch.where(done, output.logits, logits)
             else:
                 logits = scatter_columns(output.logits, parts, pieces, logits, tokens.shape[1])
         assert logits is not None
-        output.logits = logits if last_only else _keep(logits, keep)
+        output.logits = logits if newest else keep_columns(logits, keep)
         return output
 
     def _run(
@@ -200,16 +307,19 @@ class OptimizedForward:
         """One forward through the layers: numbers in, memory reserved, account kept."""
         engine, store, sequences = self.engine, cache.store, cache.sequences
         if engine.rope is not None:
-            store.rope = engine.rope.upto(_places(engine.plan, cache, tokens.shape[1]))
+            store.rope = engine.rope.upto(places_of(engine.plan, cache, tokens.shape[1]))
         if engine.plan.compact:  # the model leaves queries and keys unturned, every read turns them by place
             positions = torch.zeros_like(positions)
         clock, counts = sequences.numbers(pieces)
         fires = sequences.fires(pieces, store.lengths() if _asks_length(engine.plan) else None)
-        store.reach(max(s.seen + p.new for s, p in zip(sequences.each, pieces, strict=True)))
+        store.cover(max(s.seen + p.new for s, p in zip(sequences.each, pieces, strict=True)))
+        if isinstance(store, PagedStore):
+            store.separate(fires, [p.new for p in pieces], phase == "step")
         if phase == "step":
             store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
         for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
             target.copy_(to_device(source, store.device))
+        store.admit_piece(tokens.shape[1])
         cache.run.before(pieces, store.lengths(), tokens.shape[1])
         # A piece of one token would specialise the graph of longer ones.
         compiled = engine.compiled and (phase == "step" or tokens.shape[1] > 1)
@@ -226,6 +336,7 @@ class OptimizedForward:
                 self._evict_opened(call)
             return output
 
+        cache.guard.touched = phase
         with on_device(store.device), Stopwatch(store.device, wait=phase != "step") as watch:
             if phase == "step" and engine.graphs is not None and self._graphable(keep, kwargs):
                 output = engine.graphs.run(store, forward, tokens, positions, (name, keep, evicts))
@@ -236,13 +347,13 @@ class OptimizedForward:
         if parts is not None:
             sequences.measure(parts, pieces)
         sequences.advance(pieces, fires)
-        cache.run.timed(watch.seconds, phase == "step", sum(p.new for p in pieces))
+        cache.run.timed(watch.seconds, all(p.step or not p.new for p in pieces), sum(p.new for p in pieces))
         return output
 
     def _graphable(self, keep: int | Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether a step's output is its logits alone, however it was called."""
         plain = isinstance(keep, int) and all(value is None or value is False for value in kwargs.values())
-        return plain and not _wants_hidden_states(self.model, kwargs)
+        return plain and not wants_hidden_states(self.model, kwargs)
 
     def _evict_opened(self, call: Call) -> None:
         """The launch after the last layer; layers that ran as anchors have evicted by themselves."""
@@ -275,84 +386,3 @@ class OptimizedForward:
 
 def _asks_length(plan: PolicyPlan) -> bool:
     return any(t.kind == "full" for c in plan.classes for t in c.triggers)
-
-
-def _positions(cache: KvCache, pieces: list[Piece], width: int, device: torch.device) -> Tensor:
-    """Logical positions of right-aligned tokens, int64 [batch, width]; 0 where there is none."""
-    start = torch.tensor([s.seen for s in cache.sequences.each])[:, None]
-    used = torch.tensor([p.new + p.peek for p in pieces])[:, None]
-    offset = torch.arange(width) - (width - used)
-    return to_device(torch.where(offset >= 0, start + offset, 0), device)
-
-
-def _places(plan: PolicyPlan, cache: KvCache, width: int) -> int:
-    """Places that a forward of so many columns can ask for: of a row's entries, or original positions."""
-    held = int(cache.store.lengths().max()) if plan.compact else max(s.seen for s in cache.sequences.each)
-    return held + width
-
-
-class _Cut(NamedTuple):
-    """One piece of a prompt: its real columns, the same with peeked ones, and what that makes of each sequence."""
-
-    parts: Columns
-    both: Columns
-    pieces: list[Piece]
-
-
-def _cut(columns: Columns, start: int, size: int, peek: int) -> _Cut:
-    """Each sequence's tokens start..start+size-1 from its own first; its last tokens run along unless it ends here."""
-    parts = [c[start : start + size] for c in columns]
-    ends = [bool(p) and start + size >= len(c) for p, c in zip(parts, columns, strict=True)]
-    tails = [c[-peek:] if peek and p and not e else [] for c, p, e in zip(columns, parts, ends, strict=True)]
-    pieces = [Piece(len(p), len(t), e) for p, t, e in zip(parts, tails, ends, strict=True)]
-    return _Cut(parts, [p + t for p, t in zip(parts, tails, strict=True)], pieces)
-
-
-def _keep(logits: Tensor, keep: int | Tensor) -> Tensor:
-    return logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
-
-
-def _last_only(keep: int | Tensor) -> bool:
-    return isinstance(keep, int) and keep == 1
-
-
-def _aligned(columns: Columns, width: int) -> bool:
-    """Whether every sequence's tokens stand at the right edge, without gaps."""
-    return all(c == list(range(width - len(c), width)) for c in columns)
-
-
-def _check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | None) -> None:
-    """Positions are the sequence's own count; others would contradict the policy, which tests them."""
-    if position_ids is None or position_ids.device.type != "cpu":
-        return
-    given = position_ids.expand(len(columns), -1).tolist() if position_ids.ndim == 2 else None
-    for b, (cols, seq) in enumerate(zip(columns, cache.sequences.each, strict=True)):
-        expected = list(range(seq.seen, seq.seen + len(cols)))
-        if given is None or [given[b][c] for c in cols if c < len(given[b])] != expected:
-            raise KvCompileError(
-                f"position_ids of sequence {b} are not {seq.seen} to {seq.seen + len(cols) - 1}, which its tokens are: "
-                "positions of one's own are not supported"
-            )
-
-
-def _wants_hidden_states(model: Any, kwargs: dict[str, Any]) -> bool:
-    wanted = kwargs.get("output_hidden_states")
-    return bool(model.config.output_hidden_states if wanted is None else wanted)
-
-
-def _refuse_pieces(plan: PolicyPlan, columns: Columns, width: int) -> None:
-    cut = plan.chunk is not None and any(len(c) > plan.chunk for c in columns)
-    if cut or not _aligned(columns, width):
-        raise KvCompileError("output_hidden_states is not supported for prompts that are cut or padded on the right")
-
-
-def _refuse_unsupported(model: Any, kwargs: dict[str, Any]) -> None:
-    if model.config._attn_implementation != ATTENTION:
-        raise KvCompileError(
-            f"the attention implementation was changed to {model.config._attn_implementation!r} after optimize: "
-            "restore the model, change it, then optimise again"
-        )
-    if model.training and torch.is_grad_enabled():
-        raise KvCompileError("an optimised model is for inference: call model.eval(), or restore it before training")
-    if kwargs.get("output_attentions"):
-        raise KvCompileError("output_attentions is not supported: no attention matrix exists; restore the model first")

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.passes.sites import AttentionSite
+from kvcompile.placement import attends_on
 
 TOKENS, REPEATS = 2500, 4
 KINDS = ("echo", "induction")  # attention to the previous same token, and to the token after that one
@@ -52,7 +53,7 @@ def _length(model: Any, tokens: int | None) -> int:
 
 
 def _measure(model: Any, sites: tuple[AttentionSite, ...], length: int) -> dict[str, Scores]:
-    record = _Record(length, {site.index: int(site.attention.num_key_value_groups) for site in sites})  # type: ignore[arg-type]
+    record = _Record(length, {site.index: site.group for site in sites})
     observe(model, [random_tokens(model, length).repeat(REPEATS)], record)
     missing = [site.name for site in sites if site.index not in record.scores]
     if missing:
@@ -89,7 +90,7 @@ def observe(model: Any, texts: Iterable[Tensor], observer: Observer) -> None:
     its policy."""
     optimized = vars(model).get("_kvcompile")
     forward = model.forward if optimized is None else optimized.forward.original
-    device = model.get_input_embeddings().weight.device
+    device = attends_on(model.get_input_embeddings())
     with attending_by(model, _ATTENTION), torch.no_grad():
         for ids in texts:
             forward(input_ids=ids[None].to(device), use_cache=False, logits_to_keep=1, kvc_observer=observer)
@@ -151,6 +152,7 @@ def _attention(
     """Causal attention over one sequence without padding, noted in passing. Returns [1, n, q_heads, head_dim]."""
     if kvc_observer is None:
         raise KvCompileError("this attention stands in a model only while its heads are measured")
+    refuse_variants(module, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kvc_observer.note(int(module.layer_idx), query, key, value, scale)  # type: ignore[arg-type]
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
@@ -158,3 +160,12 @@ def _attention(
 
 
 AttentionInterface.register(_ATTENTION, _attention)
+
+
+def refuse_variants(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """KvCompileError where a layer asks its attention for what neither probes nor learning carry out yet."""
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise KvCompileError(f"{type(module).__name__} asks for {name}, under which heads cannot be measured yet")
+    if attention_mask is not None:
+        raise KvCompileError(f"{type(module).__name__} makes an attention mask of its own, which is not supported yet")

@@ -10,6 +10,7 @@ from torch import nn
 from kvcompile.api import optimized
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.status import runs_on
+from kvcompile.placement import heads_here
 
 KEYS = (
     "policy", "footprint", "peak", "kept", "bytes_resident", "bytes_allocated", "bytes_full", "bytes_peak", "lengths",
@@ -75,7 +76,7 @@ def report(model: nn.Module) -> Report:
         **run.numbers(),
         "graph_breaks": len(layers.breaks),
         "recompiles": layers.recompiles,
-        "runs_on": runs_on(state.compiled.plan, state.backend),
+        "runs_on": runs_on(state.compiled.plan, state.backend) + heads_here(state.compiled.plan),
         "cuda_graphs": 0 if graphs is None else graphs.captured,
         "cuda_graph_replays": 0 if graphs is None else graphs.replayed,
     }

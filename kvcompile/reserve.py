@@ -5,41 +5,129 @@ The bounds are those of `passes.residents`, walked from what the rows hold now.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 
 from kvcompile.cache import KvCache
-from kvcompile.kernels.extent import SLACK
+from kvcompile.cuts import cuts_of
+from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.ranks import has_joint, of_all_heads
 from kvcompile.passes.groups import Group, groups
 from kvcompile.passes.residents import Rows, advance
 from kvcompile.sequences import Piece, Progress
 from kvcompile.store import PagedStore
 
 
-def reserve_prefill(cache: KvCache, forwards: list[list[Piece]]) -> None:
+def reserve_prefill(cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool] = ()) -> None:
     """Make room for a whole prefill before its first piece, so that no pool grows between pieces.
 
-    forwards: what each forward brings to each sequence.
+    forwards: what each forward brings to each sequence. stepping: which sequences run a step before all that.
+    CacheFull, and nothing has changed, where the model's limit has no room for it.
     """
-    plan, store = cache.plan, cache.store
-    lengths: list[list[list[int]]] = store.lengths().tolist()
-    for b, seq in enumerate(cache.sequences.each):
-        pieces = [some[b] for some in forwards if some[b].new]
-        if pieces:
-            most = most_entries(plan, seq, [layer[b] for layer in lengths], pieces)
-            for layer, rows in enumerate(most):
-                lengths[layer][b] = rows
-    for layer, by_sequence in enumerate(lengths):
-        store.reserve(layer, torch.tensor(by_sequence).flatten().tolist())
+    store, limit = cache.store, cache.store.limit
+    bounds = _bounds(cache, forwards, stepping)
+    if limit.most is not None and not limit.has_room(store, total := _planned(cache, bounds, forwards)):
+        new = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
+        count = sum(map(bool, new))
+        several = f"{count} sequence{'s' * (count > 1)} of up to {max(new)} tokens"
+        limit.refuse(store, total, f"This prefill of {several} needs", _what_fits(cache, new))
+    for layer, rows in enumerate(bounds):
+        store.reserve(layer, rows)
     if isinstance(store, PagedStore):
         store.commit()
 
 
-def most_entries(plan: PolicyPlan, seq: Progress, lengths: list[list[int]], pieces: list[Piece]) -> list[list[int]]:
+def _bounds(cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool] = ()) -> list[list[int]]:
+    """The most that every row may come to hold, [layer][rows]."""
+    store = cache.store
+    # Heads that compete may win what other processes' heads lose, so theirs are counted, too.
+    joint = any(cls.selections and has_joint(cache.plan, cls) for cls in cache.plan.classes)
+    plan = cache.plan.whole if joint else cache.plan
+    first = cache.plan.first_head if plan is not cache.plan else 0
+    own = range(first, first + cache.plan.facts.kv_heads)
+    held = store.lengths() if plan is cache.plan else of_all_heads(cache.plan, store.lengths(), 2)
+    lengths: list[list[list[int]]] = held.tolist()
+    for b, before in enumerate(cache.sequences.each):
+        pieces = [some[b] for some in forwards if some[b].new]
+        if stepping and stepping[b]:
+            for by_sequence in lengths:
+                by_sequence[b] = [n + 1 for n in by_sequence[b]]
+        if pieces:
+            seq = replace(before, prompt=before.seen + sum(piece.new for piece in pieces), steps=0, prefilled=False)
+            most = most_entries(plan, seq, [layer[b] for layer in lengths], pieces, own)
+            for layer, rows in enumerate(most):
+                lengths[layer][b] = rows
+    return [[rows[head] for rows in by_sequence for head in own] for by_sequence in lengths]
+
+
+def _planned(cache: KvCache, bounds: list[list[int]], forwards: list[list[Piece]], batch: int | None = None) -> int:
+    """Bytes that the cache takes at most while its pools grow to these bounds and the pieces run.
+
+    batch: were it a new one for the first `batch` sequences alone.
+    """
+    store, plan = cache.store, cache.plan
+    part = cache.batch if batch is None else batch
+    bounds = [rows[: part * plan.facts.kv_heads] for rows in bounds]
+    width = max((piece.new + piece.peek for some in forwards for piece in some), default=0)
+    fresh = part * width * plan.facts.kv_heads * plan.facts.entry_bytes
+    tokens = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
+    places = max(seq.seen + n for seq, n in zip(cache.sequences.each, tokens, strict=True)) + plan.peek
+    size = max(256, 1 << places.bit_length())  # of tables that grow by doubling
+    grown = plan.picks * part * plan.facts.kv_heads * max(0, size - store.picked.shape[3])
+    grown += plan.rotates * 8 * plan.facts.head_dim * max(0, size - store.rope.shape[1])
+    now = most = -(-store.bytes_allocated() * part // cache.batch) + grown
+    if isinstance(store, PagedStore):
+        pools = [(store.pools.slots, store.pages_for(torch.tensor(bounds).flatten())[0] * plan.page)]
+    else:
+        held = store.length.tolist()
+        sizes = [max(sum(map(extent, rows)), sum(extent(n) for n in held[i] if n)) for i, rows in enumerate(bounds)]
+        pools = [(pool.slots, slots) for pool, slots in zip(store.pools, sizes, strict=True)]
+    for old, new in pools:
+        if new > old:  # both stand while entries move
+            most, now = max(most, now + new * store.slot_bytes), now + (new - old) * store.slot_bytes
+    return max(most, now + fresh)
+
+
+def _what_fits(cache: KvCache, new: list[int]) -> str:
+    """The longest prompts, and the most of these sequences, for which there is room; each by itself."""
+    ways = "make the policy's budget or pieces smaller, or optimise the model again with a larger max_bytes."
+    if cache.plan.shard is not None:  # asking would take all processes
+        return f"Shorten the prompts, {ways}"
+
+    room = (cache.store.limit.most or 0) - cache.store.limit.others(cache.store)
+
+    def fits(tokens: list[int], batch: int | None = None) -> bool:
+        forwards = [cut.pieces for cut in cuts_of([list(range(n)) for n in tokens], cache.plan)]
+        return _planned(cache, _bounds(cache, forwards), forwards, batch) <= room
+
+    longest = _most(max(new), lambda most: fits([min(n, most) for n in new]))
+    said = f"What would fit: up to {longest} tokens a sequence"
+    if cache.batch > 1 and not any(seq.seen for seq in cache.sequences.each):
+        some = _most(cache.batch, lambda batch: fits([n * (b < batch) for b, n in enumerate(new)], batch))
+        said += f", or the first {some} of the {cache.batch} sequences alone"
+    return f"{said}. Else {ways}"
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 0 to below `limit` that fits, if what fits stays so for smaller ones."""
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def most_entries(
+    plan: PolicyPlan, seq: Progress, lengths: list[list[int]], pieces: list[Piece], own: range | None = None
+) -> list[list[int]]:
     """The most that each row of a sequence holds at a time while these pieces come in, [layer][KV head].
 
     lengths: entries before, [layer][KV head]. Of rows that compete the sum is bounded, not each row: it is spread
     evenly, what one holds beyond that another lacks. Where layers compete, each may come to hold what all may.
+    own: the heads that this process has, all without it; those of several processes that compete are like such layers.
     """
     parts = groups(plan, seq.prompt)
     walks: dict[tuple[Group, int], Rows] = {}
@@ -56,8 +144,9 @@ def most_entries(plan: PolicyPlan, seq: Progress, lengths: list[list[int]], piec
         for rows in _counted(plan, group):
             total = most[group, sum(lengths[layer][h] for layer, h in rows)]
             for layer in {layer for layer, _ in rows}:
-                heads = [h for at, h in rows if at == layer]
-                here = min(total, len(heads) * (seen + 1)) if group.pooled else total
+                heads = [h for at, h in rows if at == layer and (own is None or h in own)]
+                apart = group.pooled or len(heads) < sum(at == layer for at, _ in rows)
+                here = min(total, len(heads) * (seen + 1)) if apart else total
                 for h in heads:
                     out[layer][h] = -(-here // len(heads)) + SLACK * group.competes  # uneven rows round up unevenly
     return out

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.sequences import Piece
@@ -24,8 +25,14 @@ class Run:
     def __init__(self, plan: PolicyPlan, store: ExtentStore | PagedStore, batch: int) -> None:
         self.plan, self.store = plan, store
         self.batch = batch
+        self.start()
+        self._closed: dict[str, object] | None = None
+
+    def start(self) -> None:
+        """As new: nothing has run."""
+        batch, store = self.batch, self.store
         # On the store's device: a step must not wait for its own lengths.
-        facts = plan.facts
+        facts = self.plan.facts
         self.area = torch.zeros(facts.layers, batch, facts.kv_heads, dtype=torch.int64, device=store.device)  # of nP
         self.widest = torch.zeros_like(self.area)  # P + n of each head
         self.widest_sum = torch.zeros(batch, dtype=torch.int64, device=store.device)  # the same of all heads together
@@ -36,7 +43,6 @@ class Run:
         self.decode_tokens = 0
         self.decode_seconds = 0.0
         self.bytes_peak = 0
-        self._closed: dict[str, object] | None = None
 
     def before(self, pieces: Sequence[Piece], lengths: Tensor, width: int) -> None:
         """A forward of `width` columns is about to run on rows of these lengths, int32 [layers, batch, kv_heads]."""
@@ -67,9 +73,35 @@ class Run:
             self.prefill_tokens += tokens
             self.prefill_seconds += seconds
 
+    def select(self, sequences: Sequence[int]) -> None:
+        """Sequence i becomes what `sequences[i]` was, its account with it. Call when the store has it so."""
+        index = torch.tensor(sequences, device=self.area.device)
+        self.area, self.widest = (t.index_select(1, index) for t in (self.area, self.widest))
+        self.widest_sum = self.widest_sum[index]
+        self.triangles, self.tokens = ([counts[b] for b in sequences] for counts in (self.triangles, self.tokens))
+        self.batch = len(sequences)
+        self.bytes_peak = max(self.bytes_peak, self.store.bytes_allocated() + self.store.transient)
+        self.store.transient = 0
+
+    def take_over(self, runs: Sequence[Run]) -> None:
+        """The accounts of these caches, whose sequences this one now holds, in order."""
+        self.area, self.widest = (torch.cat([getattr(r, name) for r in runs], 1) for name in ("area", "widest"))
+        self.widest_sum = torch.cat([r.widest_sum for r in runs])
+        self.triangles, self.tokens = [n for r in runs for n in r.triangles], [n for r in runs for n in r.tokens]
+        for name in ("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"):
+            setattr(self, name, sum(getattr(r, name) for r in runs))
+        self.bytes_peak = max(self.store.bytes_allocated(), *(r.bytes_peak for r in runs))
+
+    def take_back(self, b: int, tokens: int, steps: int) -> None:
+        """A sequence has lost its newest tokens, of which so many were steps; what they cost stays."""
+        self.tokens[b] -= tokens
+        self.decode_tokens -= steps
+        self.prefill_tokens -= tokens - steps
+
     def close(self) -> None:
         """Take down the figures that need the memory, then let it go."""
-        self._closed = self._memory()
+        with _disable_current_modes():  # garbage is collected at any time, also while torch traces with stand-ins
+            self._closed = self._memory()
         del self.store
 
     def _memory(self) -> dict[str, object]:
@@ -78,7 +110,7 @@ class Run:
         heads = facts.layers * facts.kv_heads
         seen = sum(self.tokens)
         entries = int(lengths.sum())
-        full = seen * heads * facts.entry_bytes
+        full = sum(facts.untouched(tokens) for tokens in self.tokens) * facts.entry_bytes
         read = entries * facts.entry_bytes
         return {
             "kept": entries / (seen * heads) if seen else 1.0,

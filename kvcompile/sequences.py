@@ -6,20 +6,28 @@ from a prompt's entries, which are handed in when its forward is done.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.counts import all_numbers, asked_of
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
+from kvcompile.kernels.gather import query_sources
+from kvcompile.kernels.judge import SLIDES
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, Trigger
+from kvcompile.kernels.ranks import longest
+from kvcompile.kernels.states import follow_reads
 from kvcompile.kernels.units import reads_next
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One forward's share of one sequence: real tokens, peeked tokens, whether its prompt ends here, or a step."""
+    """One forward's share of one sequence: real tokens, peeked tokens, whether its prompt ends here, or a step.
+
+    A step of several tokens is a draft: each of them is a step of its own, and none decides anything.
+    """
 
     new: int
     peek: int = 0
@@ -30,7 +38,8 @@ class Piece:
 @dataclass
 class Progress:
     """One sequence. `seen` is its logical length; `judged` counts units per (class, unit) that had their turn; `since`
-    the entries per class that came in since it last decided, or ever; `shares` the parts of measured shares, by layer.
+    the entries per class that came in since it last decided, or ever; `shares` the parts of measured shares, by layer;
+    `decided` how many tokens the latest decision knew; `lost` below which position queries may be missing in the ring.
     """
 
     seen: int = 0
@@ -40,6 +49,11 @@ class Progress:
     judged: dict[tuple[int, str], int] = field(default_factory=dict)
     since: dict[int, int] = field(default_factory=dict)
     shares: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    decided: int = 0
+    lost: int = 0
+
+    def copy(self) -> Progress:
+        return replace(self, judged=dict(self.judged), since=dict(self.since), shares=dict(self.shares))
 
 
 class Sequences:
@@ -52,6 +66,7 @@ class Sequences:
         rows = [c if cls.rows_of is None else cls.rows_of for c, cls in enumerate(plan.classes)]
         self._rows = [owner == c for c in rows]  # bool [layers, kv_heads]
         self._bits = [_bits(cls) for cls in plan.classes]
+        self._newest = [max((_newest(s) for s in query_sources(cls)), default=0) for cls in plan.classes]
         self._asked = asked_of(plan)
         self._latest: tuple[object, list[tuple[int, ...]]] = None, []
 
@@ -65,7 +80,7 @@ class Sequences:
         """Clock int64 [batch, Clock.WIDTH] and counts int64 [layers, counts + shares, batch] of the forward to come."""
         clock, per_sequence = [], []  # a line of clock: in the order of layout.Clock
         for seq, piece in zip(self.each, pieces, strict=True):
-            step = seq.steps + piece.step
+            step = seq.steps + piece.new * piece.step
             clock.append((piece.new, piece.peek, seq.seen, seq.prompt, step, int(piece.ends)))
             scalars = {"prompt": seq.prompt, "now": max(seq.seen + piece.new - 1, 0), "chunk": piece.new, "step": step}
             per_sequence.append(self._numbers({name: scalars[name] for name in self._asked}, seq.shares))
@@ -95,19 +110,25 @@ class Sequences:
         `lengths` int32 [layers, batch, kv_heads] before the forward is asked for only by `full(n)`.
         """
         out = torch.zeros(len(self.plan.classes), len(pieces), dtype=torch.uint8)
+        held = None if lengths is None else longest(self.plan, lengths, self._rows)
         for c, cls in enumerate(self.plan.classes):
             if cls.keeps_all:
                 continue
             for b, piece in enumerate(pieces):
                 if not piece.new:
                     continue
-                longest = 0 if lengths is None else int(lengths[:, b][self._rows[c]].max()) + piece.new
-                fired = [bit for bit, t in self._bits[c] if self._fires(c, t, b, piece, longest)]
+                most = 0 if held is None else held[c][b] + piece.new
+                fired = [bit for bit, t in self._bits[c] if self._fires(c, t, b, piece, most)]
                 out[c, b] = sum(set(fired))
+                seq = self.each[b]
+                if set(fired) - {SLIDES} and seq.lost > max(0, seq.seen + piece.new - self._newest[c]):
+                    raise KvCompileError(_missing(cls, b, seq, self._newest[c]))
         return out
 
     def _fires(self, c: int, trigger: Trigger, b: int, piece: Piece, longest: int) -> bool:
         seq = self.each[b]
+        if piece.step and piece.new > 1:
+            return False
         match trigger.kind:
             case "prefill.end":
                 return piece.ends
@@ -126,6 +147,9 @@ class Sequences:
                 return full - seq.judged.get((c, trigger.unit or ""), 0) >= (trigger.n or 1)
             case "when":
                 return True
+            case "slide":  # what the window has left is masked in any case, so a step may let some of it wait
+                far = seq.seen + piece.new >= self.plan.class_reach(c)
+                return far and (not piece.step or (seq.steps + 1) % (trigger.n or 1) == 0)
         raise NotImplementedError(trigger.kind)
 
     def _full_units(self, name: str, seen: int) -> int:
@@ -136,13 +160,48 @@ class Sequences:
         """The forward is done: lengths, steps and what has been judged move on."""
         for b, (seq, piece) in enumerate(zip(self.each, pieces, strict=True)):
             seq.seen += piece.new
-            seq.steps += piece.step
+            seq.steps += piece.new * piece.step
             seq.prefilled |= piece.ends
             for c, cls in enumerate(self.plan.classes):
-                fired = bool(fires[c, b])
-                seq.since[c] = 0 if fired else seq.since.get(c, 0) + piece.new
-                if fired:
+                decided = bool(fires[c, b] & ~SLIDES)
+                seq.since[c] = 0 if decided else seq.since.get(c, 0) + piece.new
+                if fires[c, b]:
+                    seq.decided = seq.prompt if piece.peek else seq.seen
+                if decided:
                     self._judge(seq, c, cls)
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Sequence i becomes what `sequences[i]` was."""
+        self.each = [self.each[b].copy() for b in sequences]
+
+    def fixed(self, b: int, seen: int) -> str:
+        """Why a sequence cannot go back to its first `seen` tokens; empty where it can."""
+        seq = self.each[b]
+        if seen >= seq.seen:
+            return ""
+        if follow_reads(self.plan):
+            return f"the states of {self.plan.name} have grown by what each token has read, also by those to be removed"
+        if seen < seq.decided:
+            return f"{self.plan.name} has decided what to keep when {seq.decided} tokens were known"
+        return ""
+
+    def crop(self, b: int, seen: int, since: int | None) -> None:
+        """A sequence goes back to its first `seen` tokens; see `fixed`.
+
+        since: the ring of newest queries has been put back to what it was at this length, None: it has not.
+        """
+        seq = self.each[b]
+        gone = seq.seen - seen
+        if gone <= 0:
+            return
+        overwritten = min(seen, seq.seen - self.plan.ring) if self.plan.ring else 0
+        seq.lost = max(min(seq.lost, seen), overwritten if since is None or overwritten > since else 0)
+        seq.since = {c: max(0, n - gone) for c, n in seq.since.items()}
+        if seen >= seq.prompt:
+            seq.steps -= gone
+        else:
+            seq.prompt, seq.steps, seq.prefilled = seen, 0, seen > 0
+        seq.seen = seen
 
     def _judge(self, seq: Progress, c: int, cls: ClassPlan) -> None:
         for trigger in cls.triggers:
@@ -154,12 +213,25 @@ class Sequences:
                 seq.judged[c, trigger.unit] = max(0, full - ahead)
 
 
+def _newest(source: QuerySource) -> int:
+    """How many of the newest queries a formula can ask the ring for."""
+    return {"last": source.width, "peek": source.width, "previous": 2}.get(source.kind, 1)
+
+
+def _missing(cls: ClassPlan, b: int, seq: Progress, width: int) -> str:
+    return (
+        f"{cls.name} is to decide by the newest {width} queries of sequence {b}, and crop() has taken some back that "
+        f"had replaced those before position {seq.lost}: feed at least {seq.lost + width - seq.seen} tokens at once, "
+        "or run the conversation again without a cache"
+    )
+
+
 def _bits(cls: ClassPlan) -> list[tuple[int, Trigger]]:
     """The bit of `Site.fires` that says of each trigger that it has fired; those without a condition share one."""
     found, bit = [], 1
     for trigger in cls.triggers:
         bit <<= trigger.cond is not None
-        found.append((1 if trigger.cond is None else bit, trigger))
-    if bit > 128:
-        raise KvCompileError(f"{cls.name} has more than seven triggers with a condition")
+        found.append((SLIDES if trigger.kind == "slide" else 1 if trigger.cond is None else bit, trigger))
+    if bit >= SLIDES:
+        raise KvCompileError(f"{cls.name} has more than six triggers with a condition")
     return found

@@ -6,6 +6,7 @@ one pool of pages for all layers. Both hand out `layout.Site` lists and count th
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,8 +16,10 @@ from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.layout import Clock, Site, repack
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.triton_backend.pools import refuse_overrun
+from kvcompile.limits import UNLIMITED, CacheFull, allocated
+from kvcompile.sharing import Shared
 
-_POOLS = ("k", "v", "pos", "frozen", "state")
+POOLS = ("k", "v", "pos", "frozen", "state")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -39,7 +42,7 @@ class Pools:
         self.pos = torch.empty(slots, dtype=torch.int32, device=device)
         self.frozen = torch.empty(slots, dtype=torch.uint8, device=device)
         self.state = torch.empty(len(plan.states), slots, dtype=torch.float32, device=device)
-        self.nbytes = sum(getattr(self, name).untyped_storage().nbytes() for name in _POOLS)
+        self.nbytes = sum(getattr(self, name).untyped_storage().nbytes() for name in POOLS)
 
     @property
     def slots(self) -> int:
@@ -49,7 +52,9 @@ class Pools:
 class Store:
     """What both layouts share: per-row lengths, the ring of newest queries, the numbers of a forward."""
 
-    def __init__(self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device, sinks: Tensor | None = None
+    ) -> None:
         facts = plan.facts
         self.plan, self.batch, self.dtype, self.device = plan, batch, dtype, device
         self.rows = batch * facts.kv_heads
@@ -65,6 +70,9 @@ class Store:
         self.scalar = torch.full((plan.scalars, facts.layers, self.rows), float("nan"), device=device)
         self.picked = torch.zeros(plan.picks, batch, facts.kv_heads, 0, dtype=torch.uint8, device=device)
         self.rope = torch.zeros(2, 0, facts.head_dim, device=device)
+        self.reach = torch.tensor([facts.reach(i) for i in range(facts.layers)], dtype=torch.int32, device=device)
+        self.sink = torch.zeros(0, facts.q_heads, device=device) if sinks is None else sinks.to(device)
+        self.limit = UNLIMITED  # what the caches of the model may take together
         self.ahead = 0  # paged: entries that every row has room for beyond its bound, where moving the pool is dear
 
     @property
@@ -78,7 +86,7 @@ class Store:
         """What stands beside the pools: newest queries, numbers of rows, choices for later layers, RoPE tables."""
         return sum(t.untyped_storage().nbytes() for t in (self.ring, self.scalar, self.picked, self.rope))
 
-    def reach(self, positions: int) -> None:
+    def cover(self, positions: int) -> None:
         """Let slots for later layers' choices tell positions below this; call before a forward that brings them."""
         old = self.picked.shape[3]
         if self.plan.picks and positions > old:
@@ -93,6 +101,31 @@ class Store:
     def site(self, layer: int) -> Site:
         raise NotImplementedError
 
+    def settle(self) -> None:
+        raise NotImplementedError
+
+    def bytes_resident(self) -> int:
+        raise NotImplementedError
+
+    def become(self, other: Store) -> None:
+        """Take over all that another store of this kind has; it must not be used any more."""
+        vars(self).update({**vars(other), "limit": self.limit})
+
+    def bytes_allocated(self) -> int:
+        raise NotImplementedError
+
+    def admit_piece(self, width: int) -> None:
+        """CacheFull where the fresh keys and values of so many columns have no room beside the pools."""
+        if self.limit.most is not None:
+            fresh = self.batch * width * self.plan.facts.kv_heads * self.plan.facts.entry_bytes
+            self.limit.admit(self, self.bytes_allocated() + fresh)
+
+    def new_pools(self, slots: int) -> Pools:
+        """Pools to stand beside those that are there; CacheFull, and nothing has changed, without room for them."""
+        size = slots * self.slot_bytes
+        self.limit.admit(self, self.bytes_allocated() + size)
+        return allocated(lambda: Pools(self.plan, slots, self.dtype, self.device), size)
+
     def sites(self) -> list[Site]:
         return [self.site(layer) for layer in range(self.plan.facts.layers)]
 
@@ -106,8 +139,10 @@ class Store:
 class ExtentStore(Store):
     """One pool per layer; a row's entries lie side by side, so that attention reads them in place."""
 
-    def __init__(self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(plan, batch, dtype, device)
+    def __init__(
+        self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device, sinks: Tensor | None = None
+    ) -> None:
+        super().__init__(plan, batch, dtype, device, sinks)
         layers = plan.facts.layers
         self.table = torch.zeros(layers, self.rows, 2, dtype=torch.int64, device=device)
         self.top = torch.zeros(layers, 1, dtype=torch.int64, device=device)
@@ -121,7 +156,7 @@ class ExtentStore(Store):
         return Site(
             self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length[layer],
             self.table[layer], self.free, self.top[layer], self.ring[layer], self.clock, self.counts, self.fires,
-            self.scalar[:, layer], self.picked, self.rope,
+            self.scalar[:, layer], self.picked, self.rope, self.reach, self.sink,
         )  # fmt: skip
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
@@ -131,7 +166,7 @@ class ExtentStore(Store):
         lengths = self.length[layer].tolist()
         slots = max(slots, sum(extent(n) for n in lengths if n))
         if slots > self.pools[layer].slots:
-            self._resize(layer, slots)
+            self.resize(layer, slots)
 
     def reserve_step(self, active: Tensor) -> None:
         """Room for one more entry in every row of the active sequences, bool [batch]."""
@@ -148,8 +183,14 @@ class ExtentStore(Store):
         for layer in full.any(1).nonzero().flatten().tolist():
             need = [extent(n) for n in self.length[layer].tolist()]
             if sum(need) > self.pools[layer].slots:
-                self._resize(layer, sum(need))
+                self.resize(layer, sum(need))
             repack(self.site(layer), dict(enumerate(need)))
+
+    def reserve_more(self, new: list[int]) -> None:
+        """Room for so many more entries in every row of each sequence."""
+        kv_heads = self.plan.facts.kv_heads
+        for layer, lengths in enumerate(self.length.tolist()):
+            self.reserve(layer, [n + new[row // kv_heads] for row, n in enumerate(lengths)])
 
     def settle(self) -> None:
         """After entries went: rows that shrank leave room to others, layers that evicted most give memory back."""
@@ -157,18 +198,24 @@ class ExtentStore(Store):
         loose = self.table[:, :, 1] - self.length > self.length // 32 + 2 * SLACK
         for layer, row in loose.nonzero().tolist():
             self.table[layer, row, 1] = extent(int(self.length[layer, row]))
+        most = 0
         for layer, entries in enumerate(self.length.sum(1).tolist()):
             if self.pools[layer].slots > 2 * (entries + entries // 32 + self.rows * SLACK):
-                self._resize(layer, sum(extent(n) for n in self.length[layer].tolist() if n))
+                slots = sum(extent(n) for n in self.length[layer].tolist() if n)
+                most = max(most, self.bytes_allocated() + slots * self.slot_bytes)
+                with contextlib.suppress(CacheFull):  # to give memory back is no duty
+                    self.resize(layer, slots)
+        self.transient = max(self.transient, most - self.bytes_allocated())
 
-    def _resize(self, layer: int, slots: int) -> None:
+    def resize(self, layer: int, slots: int) -> None:
         old, lengths = self.site(layer), self.length[layer].tolist()
+        new = self.new_pools(slots)
         self.transient = max(self.transient, self.pools[layer].nbytes)
-        self.pools[layer] = new = Pools(self.plan, slots, self.dtype, self.device)
+        self.pools[layer] = new
         tail = 0
         for row, n in enumerate(lengths):
             start = int(self.table[layer, row, 0])
-            for name in _POOLS[:-1]:
+            for name in POOLS[:-1]:
                 getattr(new, name)[tail : tail + n] = getattr(old, name)[start : start + n]
             new.state[:, tail : tail + n] = old.state[:, start : start + n]
             capacity = min(extent(n), slots - tail) if n else 0
@@ -189,8 +236,10 @@ class PagedStore(Store):
 
     transient = 0
 
-    def __init__(self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(plan, batch, dtype, device)
+    def __init__(
+        self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device, sinks: Tensor | None = None
+    ) -> None:
+        super().__init__(plan, batch, dtype, device, sinks)
         rows = plan.facts.layers * self.rows
         self.length = torch.zeros(rows, dtype=torch.int32, device=device)
         self.upper = torch.zeros(rows, dtype=torch.int64)  # what the host knows: no row is longer
@@ -199,13 +248,14 @@ class PagedStore(Store):
         self.free = torch.zeros(1, dtype=torch.int32, device=device)
         self.top = torch.ones(1, dtype=torch.int32, device=device)
         self.pools = Pools(plan, plan.page, dtype, device)
+        self.shared = Shared.none(rows)
 
     def site(self, layer: int) -> Site:
         pool = self.pools
         return Site(
             self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length,
             self.table, self.free, self.top, self.ring[layer], self.clock, self.counts, self.fires,
-            self.scalar.flatten(1), self.picked, self.rope,
+            self.scalar.flatten(1), self.picked, self.rope, self.reach, self.sink,
         )  # fmt: skip
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
@@ -215,26 +265,41 @@ class PagedStore(Store):
 
     def commit(self) -> None:
         """Grow pool and table to hold every row at its bound; where heads compete, with a spare page per row."""
-        page = self.plan.page
-        selections = [t for c in self.plan.classes for t in c.selections]
-        heads = self.plan.facts.kv_heads if any(t.scope == "across" for t in selections) else 1
-        layers = self.plan.facts.layers if any(t.layers == "across" for t in selections) else 1
-        uneven = heads * layers > 1
-        room = self.upper + 1 + self.ahead
-        pages = int((-(-room // page)).sum()) + uneven * len(room)
-        widest = -(-int(room.max()) // page) * heads * layers
+        pages, widest = self.pages_for(self.upper)
         if widest > self.table.shape[1]:
             extra = self.table.new_zeros(self.table.shape[0], widest - self.table.shape[1])
             self.table = torch.cat([self.table, extra], 1)
         if pages > self.free.shape[0]:
             self._grow(pages)
 
+    def admit(self, upper: Tensor, shared: Shared) -> None:
+        """Room for rows of at most so many entries that share these pages; CacheFull, and nothing has changed."""
+        former = self.upper, self.shared
+        self.upper, self.shared = upper, shared
+        try:
+            self.commit()
+        except CacheFull:
+            self.upper, self.shared = former
+            raise
+
+    def pages_for(self, upper: Tensor) -> tuple[int, int]:
+        """Pages for rows of at most so many entries, int64 [rows], and the most of one row."""
+        page = self.plan.page
+        selections = [t for c in self.plan.classes for t in c.selections]
+        heads = self.plan.facts.kv_heads if any(t.scope == "across" for t in selections) else 1
+        layers = self.plan.facts.layers if any(t.layers == "across" for t in selections) else 1
+        uneven = heads * layers > 1
+        room = upper + 1 + self.ahead
+        pages = int((-(-room // page)).sum()) + uneven * len(room) - self.shared.saved
+        return pages, -(-int(room.max()) // page) * heads * layers
+
     def reserve_step(self, active: Tensor) -> None:
         """Room for one more entry in every row; reads lengths from the device only when the bound runs out."""
         step = active.repeat_interleave(self.plan.facts.kv_heads).repeat(self.plan.facts.layers).long().cpu()
         bound = self.upper + step
         page = self.plan.page
-        if int((-(-bound // page)).sum()) > self.free.shape[0] or int(bound.max()) > self.table.shape[1] * page:
+        pages = int((-(-bound // page)).sum()) - self.shared.saved
+        if pages > self.free.shape[0] or int(bound.max()) > self.table.shape[1] * page:
             refuse_overrun(self.site(0))
             bound = self.length.long().cpu() + step
             # Room for a while, so that growth is as rare as in the other layout.
@@ -242,14 +307,56 @@ class PagedStore(Store):
             self.commit()
         self.upper = bound
 
+    def reserve_more(self, new: list[int]) -> None:
+        """Room for so many more entries in every row of each sequence."""
+        more = torch.tensor(new).repeat_interleave(self.plan.facts.kv_heads).repeat(self.plan.facts.layers)
+        self.admit(self.upper + more, self.shared)
+
+    def separate(self, fires: Tensor, new: list[int], step: bool) -> None:
+        """Rows that a forward writes to, other than behind their entries, get pages of their own first.
+
+        fires: as in `Site.fires`, on the host; new: tokens that each sequence brings.
+        """
+        if not self.shared.saved:
+            return
+        owner = torch.tensor(self.plan.class_of)
+        rows = torch.zeros(owner.shape[0], self.batch, owner.shape[1], dtype=torch.bool)
+        for c, cls in enumerate(self.plan.classes):
+            # Scores that wait for the last layer are noted in the states of a whole row, whoever decides.
+            writes = fires[c] != 0 if step or not self.plan.spans(c) else torch.tensor(new) > 0
+            rows |= (owner == (c if cls.rows_of is None else cls.rows_of))[:, None] & writes[:, None]
+        self.own(rows.flatten())
+
+    def own(self, rows: Tensor) -> None:
+        """Copy what these rows, bool [rows] on the host, share with others; nothing is read back from the device."""
+        shared = self.shared.copy()
+        row, place, page = shared.leave(rows)
+        self.admit(self.upper, shared)
+        if not len(page):
+            return
+        row, place, page = (to_device(t, self.device) for t in (row, place, page))
+        fresh = self.free[self.top.long() - 1 - torch.arange(len(page), device=self.device)]
+        self.top.sub_(len(page))
+        self.copy_pages(page, fresh.long())
+        self.table[row, place] = fresh
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        """Pages onto others of the pool, int64 [n] each."""
+        page = self.plan.page
+        for name in POOLS[:-1]:
+            pages = getattr(self.pools, name).unflatten(0, (-1, page))
+            pages[target] = pages[source]
+        state = self.pools.state.unflatten(1, (-1, page))
+        state[:, target] = state[:, source]
+
     def settle(self) -> None:
         """Pages went back to the free stack when they fell empty; the pool itself stays for the rows to come."""
 
     def _grow(self, pages: int) -> None:
         page, old_pages = self.plan.page, self.free.shape[0]
-        old, self.pools = self.pools, Pools(self.plan, pages * page, self.dtype, self.device)
+        old, self.pools = self.pools, self.new_pools(pages * page)
         self.transient = max(self.transient, old.nbytes)
-        for name in _POOLS[:-1]:
+        for name in POOLS[:-1]:
             getattr(self.pools, name)[: old.slots] = getattr(old, name)
         self.pools.state[:, : old.slots] = old.state
         added = torch.arange(old_pages, pages, dtype=torch.int32, device=self.device)

@@ -7,7 +7,7 @@ same rows in one. Guarantees: clauses and scores read as written, with parameter
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from kvcompile.dsl import ast
 from kvcompile.dsl.check_cost import CHEAPER, COSTS, cost_of
@@ -35,7 +35,8 @@ class ClassFacts:
 
     keep: its clauses, a line each. triggers: as written, with the entries that come into a row between two of them;
     None where that depends on the sequence. losers: what becomes of the others. overshoot: the most entries of a KV
-    head that stand or are under way beyond what its next decision leaves.
+    head that stand or are under way beyond what its next decision leaves. windows: tokens of every sliding window that
+    its layers have, and how many of its KV heads are in those.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ClassFacts:
     triggers: Mapping[str, int | None]
     losers: str
     overshoot: int
+    windows: Mapping[int, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, fit for JSON."""
@@ -58,12 +60,16 @@ class ClassFacts:
             "triggers": dict(self.triggers),
             "losers": self.losers,
             "overshoot": self.overshoot,
+            "windows": {str(tokens): heads for tokens, heads in self.windows.items()},
         }
 
     def lines(self) -> Iterator[str]:
         """The class as text, its name first."""
         yield f"{self.name}: {self.heads} KV heads"
         yield from self.keep.splitlines()
+        for tokens, heads in self.windows.items():
+            which = "all" if heads == self.heads else str(heads)
+            yield f"of which {which} in layers with a sliding window of {tokens}: what has left it is dropped"
         yield from (f"  {score.score}: {score.cost}" + _hint(score.cheaper) for score in self.scores)
         if not self.scores:
             yield self.cost
@@ -78,33 +84,43 @@ def _hint(cheaper: str) -> str:
 
 
 def class_facts(resolved: Resolved, plan: PolicyPlan, prompt: int, generate: int) -> tuple[ClassFacts, ...]:
-    """Facts of every set of rows, in the plan's order."""
+    """Facts of every set of rows, in the plan's order; those that sliding windows have split, in one."""
     context = Context.of(resolved)
     most = _overshoots(plan, prompt, generate)
     out = []
     for owner, cls in enumerate(plan.classes):
-        if cls.rows_of is not None:
+        if cls.rows_of is not None or plan.named_like(owner) != owner:
             continue
         mine = _clauses(resolved, cls.name)
-        if all(other.keeps_all for i, other in enumerate(plan.classes) if owner in (i, other.rows_of)):
-            out.append(ClassFacts(cls.name, plan.class_size(owner), "keep all", COSTS["position"], (), {}, "", 0))
+        alike = [i for i, other in enumerate(plan.classes) if other.name == cls.name]
+        heads = sum(plan.class_size(i) for i in alike)
+        windows = {reach: plan.class_size(i) for i in alike if (reach := plan.class_reach(i))}
+        rules = [_unslid(other) for i, other in enumerate(plan.classes) if owner in (i, other.rows_of)]
+        if all(rule.keeps_all for rule in rules):
+            extra = most.get(owner, 0)
+            out.append(ClassFacts(cls.name, heads, "keep all", COSTS["position"], (), {}, "", extra, windows))
             continue
-        rules = [other for i, other in enumerate(plan.classes) if owner in (i, other.rows_of)]
         kinds = [(words, kind) for placed in mine for words, kind in _scores(context, placed)]
         dearest = max((kind for _, kind in kinds), key=list(COSTS).index, default="position")
         out.append(
             ClassFacts(
                 cls.name,
-                plan.class_size(owner),
+                heads,
                 "\n".join(_clause(placed) for placed in mine),
                 COSTS[dearest],
                 tuple(ScoreFacts(words, COSTS[kind], CHEAPER.get(kind, "")) for words, kind in dict(kinds).items()),
                 {words: _wait(plan, trigger, prompt) for words, trigger in _triggers(mine, rules)},
                 _losers(mine),
                 most.get(owner, 0),
+                windows,
             )
         )
     return tuple(out)
+
+
+def _unslid(cls: ClassPlan) -> ClassPlan:
+    """A class as the policy has it: without the compiler's own trigger."""
+    return replace(cls, triggers=tuple(t for t in cls.triggers if t.kind != "slide"))
 
 
 # ---------------------------------------------------------------- clauses
@@ -189,7 +205,7 @@ def _overshoots(plan: PolicyPlan, prompt: int, generate: int) -> dict[int, int]:
         for group, before, after in zip(parts, forward.before, forward.after, strict=True):
             rows = group.rows * group.times
             extra = -(-(before - after) // rows) + forward.tokens
-            owner = next(rule for rule in group.rules if plan.classes[rule].rows_of is None)
+            owner = plan.named_like(next(rule for rule in group.rules if plan.classes[rule].rows_of is None))
             if extra > 0 and not all(plan.classes[rule].keeps_all for rule in group.rules):
                 out[owner] = max(out.get(owner, 0), extra)
     return out

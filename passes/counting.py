@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvcompile.kernels.counts import count_value, scalars_of
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Selection, UnitPlan
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
+from kvcompile.passes.covers import Cover
 from kvcompile.passes.groups import Group, Member
 from kvcompile.passes.limits import is_len, measured_in, shape, summed
 
@@ -40,6 +41,9 @@ class State:
     units: list[tuple[int, int]] = field(default_factory=list)  # residents and frozen ones of each unit, per row
     first: int = 0  # positions below are not told apart: they were there before counting began
     lump: int = 0  # entries at them
+    low: int = 0  # positions below have left a sliding window, and are gone
+    kept: tuple[tuple[int, Cover], ...] | None = ()  # which positions below `kept_at` so many rows hold; None: unknown
+    kept_at: int = 0  # from here on they hold all
     _known: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     @property
@@ -52,8 +56,13 @@ class State:
 
     @property
     def intact(self) -> bool:
-        """Whether nothing was ever dropped."""
-        return self.exact and self.total == self.rows * self.seen
+        """Whether nothing was ever dropped, but for what a sliding window has left."""
+        return self.exact and self.total == self.rows * (self.seen - self.low)
+
+    @property
+    def reach(self) -> int:
+        """The sliding window of these rows' layers; 0: none."""
+        return self.plan.facts.reach(self.group.layers[0])
 
     @property
     def uniform(self) -> bool:
@@ -65,6 +74,30 @@ class State:
         """The rules that drop something."""
         rules = [self.plan.classes[rule] for rule in self.group.rules]
         return [cls for cls in rules if not cls.only_picks and not cls.keeps_all]
+
+    def slide(self, *, sure: bool) -> None:
+        """What no later query can read goes: exactly, where the positions of entries are known. sure: in all rows."""
+        low = self.seen + 1 - self.reach
+        if low <= self.low:
+            return
+        if not sure:
+            self.exact = self.even = False
+            return
+        marked = any(isinstance(t, Region) and t.kind == "frozen" for cls in self.keeping for t in cls.keep)
+        if self.frozen and marked:  # nobody knows how many of those are left
+            self.exact = self.even = False
+        intact, known = self.intact, self.kept if self.exact else None
+        self.low, most = low, self.rows * (self.seen - low)
+        if intact:
+            self.total = most
+        elif known is None:
+            self.total = min(self.total, most)
+            self.exact = self.even = False
+        else:
+            start = max(low, self.kept_at)
+            below = sum(rows * cover.count(low, start) for rows, cover in known) if start > low else 0
+            self.total = below + self.rows * (self.seen - start)
+        self.frozen = min(self.frozen, self.total)
 
     def scalars(self, event: Event) -> dict[str, int]:
         """The run-time numbers; `len` only where all rows are known to be equally long."""

@@ -21,6 +21,7 @@ class _Held:
     """What regions hold: positions by layer, and `extra` entries that positions do not tell, such as frozen ones."""
 
     covers: tuple[tuple[int, Cover], ...]  # rows, and what regions take in each
+    low: int  # positions below are gone
     seen: int
     extra: int
     sure: bool  # all of it is still there, and nothing is counted twice
@@ -28,11 +29,14 @@ class _Held:
 
     def open(self, start: int, stop: int) -> int:
         """Positions of all rows from start up to but without stop that no region takes; at most."""
+        start = max(start, self.low)
+        if stop <= start:
+            return 0
         return sum(rows * (stop - start - cover.count(start, stop)) for rows, cover in self.covers)
 
     @property
     def total(self) -> int:
-        return sum(rows * cover.count(0, self.seen) for rows, cover in self.covers) + self.extra
+        return sum(rows * cover.count(self.low, self.seen) for rows, cover in self.covers) + self.extra
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,10 @@ def _decide_rows(state: State, cls: ClassPlan, event: Event) -> None:
         won += taken if sure else min(room, _limit(state, cls, term, event, held, room, even).n)
         kept, open_ = kept + taken, open_ - taken
         sure, even = sure and limit.sure, even and limit.even
+    if not (cls.selections or held.extra):
+        state.kept, state.kept_at = held.covers, state.seen
+    elif kept < state.total or not sure:
+        state.kept = None
     state.total = kept
     state.frozen += won
     state.exact = sure
@@ -90,7 +98,7 @@ def _decide_rows(state: State, cls: ClassPlan, event: Event) -> None:
 
 
 def _regions(state: State, cls: ClassPlan, event: Event) -> _Held:
-    plan, everything = state.plan, state.rows * state.seen
+    plan, everything = state.plan, state.rows * (state.seen - state.low)
     regions = dict.fromkeys(t for t in cls.keep if isinstance(t, Region))
     by_position: list[int] = []
     extra = 0
@@ -106,7 +114,7 @@ def _regions(state: State, cls: ClassPlan, event: Event) -> _Held:
             assert term.count is not None
             n = state.over_rows(term.count, event) if term.kind != "stride" else None
             extra += everything if n is None else min(n, everything)
-            sure &= len(regions) == 1 and not _measured(state, term.count)
+            sure &= len(regions) == 1 and not _measured(state, term.count) and not state.low
         elif term.count is not None:
             by_position.append(term.count)
         if term.count is not None:
@@ -116,7 +124,7 @@ def _regions(state: State, cls: ClassPlan, event: Event) -> _Held:
     for member in state.group.members:
         counts = {index: state.value(index, event, member.parts) for index in by_position}
         covers.append((member.rows, Cover(plan, cls, counts, state.seen, state.prompt)))
-    return _Held(tuple(covers), state.seen, extra, sure, plain=not extra)
+    return _Held(tuple(covers), state.low, state.seen, extra, sure, plain=not extra)
 
 
 def _measured(state: State, index: int) -> bool:
@@ -144,7 +152,8 @@ def _limit(state: State, cls: ClassPlan, term: Selection, event: Event, held: _H
         return _Limit(open_)
     if term.unit is not None:
         unit = state.plan.unit(term.unit)
-        return _Limit(_of_unit(state, term, event, unit.size)[0] * ready_units(cls, unit, state.seen) * state.rows)
+        units = len(_present(state, cls, unit))
+        return _Limit(_of_unit(state, term, event, unit.size)[0] * units * state.rows)
     if term.whole is not None:
         return _whole(state, cls, term, event, held, even)
     n = state.over_rows(term.count, event, term) if term.count is not None else _part(state, term, open_, even)
@@ -152,7 +161,9 @@ def _limit(state: State, cls: ClassPlan, term: Selection, event: Event, held: _H
         return _Limit(open_)
     everything = n >= open_  # for each query head alone, too
     n, watched = _observed(state, cls, term, event, held, n * _voices(state, term), even)
-    known = watched and _known(state, term, event, everything, even)
+    # Each layer draws its own random positions, so that one that follows another may lack what that one chose.
+    apart = term.layers == "shared" and any(isinstance(t, Region) and t.kind == "random" for t in cls.keep)
+    known = watched and not apart and _known(state, term, event, everything, even)
     return _Limit(n, known, not _pools(term) or everything)
 
 
@@ -214,17 +225,23 @@ def _observed(
     return max(n, watched), watched <= n or (known and term is cls.selections[0])
 
 
+def _present(state: State, cls: ClassPlan, unit: UnitPlan) -> list[tuple[int, int]]:
+    """The units whose entries may be judged, as far as a sliding window has not left them: first position, and end."""
+    gone = max(0, state.low - unit.offset) // unit.size
+    starts = (unit.offset + u * unit.size for u in range(gone, ready_units(cls, unit, state.seen)))
+    return [(max(start, state.low), start + unit.size) for start in starts]
+
+
 def _whole(state: State, cls: ClassPlan, term: Selection, event: Event, held: _Held, even: bool) -> _Limit:
     """Units that are taken whole: the largest ones, where it is not known which."""
     assert term.whole is not None
     unit = state.plan.unit(term.whole)
-    ready = ready_units(cls, unit, state.seen)
+    present = _present(state, cls, unit)
     clear = state.intact and state.uniform and held.plain and len(cls.selections) == 1
-    sizes = [unit.size] * ready
+    sizes = [stop - start for start, stop in present]
     if clear:
         cover = held.covers[0][1]
-        starts = range(unit.offset, unit.offset + ready * unit.size, unit.size)
-        sizes = sorted((unit.size - cover.count(start, start + unit.size) for start in starts), reverse=True)
+        sizes = sorted((stop - start - cover.count(start, stop) for start, stop in present), reverse=True)
         sizes = [size for size in sizes if size]
     everyone = len(sizes) * state.rows
     if term.count is not None:
@@ -251,7 +268,8 @@ def _tracked(state: State, cls: ClassPlan) -> UnitPlan | None:
     names = {term.unit for term in cls.selections}
     regions = [t for t in cls.keep if isinstance(t, Region)]
     beside = any(t.kind in ("random", "picked") or (t.count is not None and _measured(state, t.count)) for t in regions)
-    if len(names) != 1 or None in names or beside or cls.moves or len(state.keeping) > 1 or state.group.competes:
+    alone = len(state.keeping) == 1 and not state.group.competes and not state.reach
+    if len(names) != 1 or None in names or beside or cls.moves or not alone:
         return None
     return state.plan.unit(str(names.pop()))
 

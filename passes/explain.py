@@ -17,6 +17,7 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.gpus import gpu as gpu_facts
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.roofline import Traffic
+from kvcompile.kernels.sizes import parse_bytes, size_text
 from kvcompile.passes.class_facts import ClassFacts, class_facts
 from kvcompile.passes.facts import model_facts
 from kvcompile.passes.footprint import Footprint, Spent, footprint
@@ -82,7 +83,20 @@ class Explanation:
     gpu: str | None
     step_seconds: float | None  # of a decode step at best, on the GPU asked for
     step_seconds_full: float | None  # the same of the untouched cache
+    max_bytes: int | None  # the limit asked about
     diagnostics: tuple[Diagnostic, ...]
+    tables: int  # of `bytes_peak`, what stands once for all sequences
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak stays within `max_bytes`; None without one."""
+        return None if self.max_bytes is None else self.bytes_peak <= self.max_bytes
+
+    @property
+    def batch_that_fits(self) -> int | None:
+        """The most sequences of these lengths whose peak stays within `max_bytes`; None without one."""
+        each = (self.bytes_peak - self.tables) // self.batch
+        return None if self.max_bytes is None else max(0, self.max_bytes - self.tables) // max(1, each)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries: fit for JSON."""
@@ -103,6 +117,8 @@ class Explanation:
             "bytes_full": self.bytes_full,
             "ceiling": self.ceiling,
         }
+        if self.max_bytes is not None:
+            out |= {"max_bytes": self.max_bytes, "fits": self.fits, "batch_that_fits": self.batch_that_fits}
         if self.gpu is not None:
             out |= {"gpu": self.gpu, "step_seconds": self.step_seconds, "step_seconds_full": self.step_seconds_full}
         return out
@@ -124,14 +140,19 @@ class Explanation:
             f"peak        {self.peak:.7f}{about}",
             *(f"{'':12}footprint {line}" for line in self._extremes()),
             *(f"{label:<12}{line}" for label, line in self._entries()),
-            f"bytes       {most}{_size(self.bytes)} at the end, {_size(self.bytes_peak)} at the peak, "
-            f"{_size(self.bytes_full)} untouched",
+            f"bytes       {most}{size_text(self.bytes)} at the end, {size_text(self.bytes_peak)} at the peak, "
+            f"{size_text(self.bytes_full)} untouched",
             f"ceiling     a decode step at most {self.ceiling:.2f} times as fast, by memory traffic",
         ]
         if self.step_seconds is not None and self.step_seconds_full is not None:
             lines.append(
                 f"{self.gpu:<12}a decode step takes {self.step_seconds * 1e3:.2f} ms at best, untouched "
                 f"{self.step_seconds_full * 1e3:.2f} ms: {self.step_seconds_full / self.step_seconds:.2f} times as fast"
+            )
+        if self.max_bytes is not None:
+            room = "fits" if self.fits else "does not fit" if self.exact_entries else "may not fit"
+            lines.append(
+                f"limit       {room} in {size_text(self.max_bytes)}: up to {self.batch_that_fits} such sequences do"
             )
         warnings = dict.fromkeys(f"{d.message} [{d.code}]" for d in self.diagnostics if d.severity == "warning")
         return "\n".join([*lines, *(f"{'warning':<12}{warning}" for warning in warnings)])
@@ -178,13 +199,15 @@ def explain(
     gpu: str | None = None,
     name: str | None = None,
     tables: Mapping[str, str | os.PathLike[str]] | None = None,
+    max_bytes: int | str | None = None,
     **params: Any,
 ) -> Explanation:
     """What a policy would hold and cost.
 
     prompt: tokens of each sequence; generate: decode forwards; gpu: a GPU to predict the step time for. Memory is
-    counted in pages, for a model on the CPU in extents. PolicyError for the policy, KvCompileError for the model,
-    the lengths and the GPU.
+    counted in pages, for a model on the CPU in extents. max_bytes: a limit, as `optimize` takes it; `fits` says whether
+    the peak stays below, `batch_that_fits` how many such sequences would. PolicyError for the policy, KvCompileError
+    for the model, the lengths, the limit and the GPU.
     """
     for label, value, least in (("prompt", prompt, 1), ("generate", generate, 0), ("batch", batch, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -198,9 +221,9 @@ def explain(
     if any(found.code == "K617" for found in compiled.diagnostics):  # a probe has yet to choose heads
         spent = spent.wherever()
     memory: Held = held(plan, prompt, generate, paged=in_pages)
-    full = (prompt + generate) * facts.layers * facts.kv_heads * facts.entry_bytes * batch
+    everything = facts.untouched(prompt + generate)
+    full = everything * facts.entry_bytes * batch
     read = facts.weight_bytes + batch * memory.entries * facts.entry_bytes
-    everything = (prompt + generate) * facts.layers * facts.kv_heads
     return Explanation(
         plan=plan,
         prompt=prompt,
@@ -220,7 +243,9 @@ def explain(
         gpu=device.name if device is not None else None,
         step_seconds=_step(facts, memory.entries, batch).seconds(device) if device is not None else None,
         step_seconds_full=_step(facts, everything, batch).seconds(device) if device is not None else None,
+        max_bytes=None if max_bytes is None else parse_bytes(max_bytes),
         diagnostics=compiled.diagnostics,
+        tables=memory.tables,
     )
 
 
@@ -256,11 +281,3 @@ def _step(facts: ModelFacts, entries: int, batch: int) -> Traffic:
     weights = facts.weight_bytes // (facts.entry_bytes // (2 * facts.head_dim))
     products = batch * (2 * weights + 4 * entries * facts.head_dim * facts.group)
     return Traffic((("weights", facts.weight_bytes), ("cache", cache)), launches=0, operations=products)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

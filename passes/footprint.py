@@ -29,9 +29,10 @@ class Spent:
 class Footprint:
     """`footprint` and `peak` are means over all KV heads; `exact` is False for upper bounds.
 
-    by_class: by the index of each class that has KV heads; by_layer: one for each layer; by_head: [layer][KV head].
-    Where heads compete only the sum of a layer is known, where layers do only that of all: their parts are bounds. A
-    peak is the largest of its own heads' means, so those of parts need not meet in one forward.
+    by_class: by the index of each class that has KV heads, the first of its name; by_layer: one for each layer;
+    by_head: [layer][KV head]. Where heads compete only the sum of a layer is known, where layers do only that of all:
+    their parts are bounds. A peak is the largest of its own heads' means, so those of parts need not meet in one
+    forward.
     """
 
     footprint: float
@@ -57,8 +58,8 @@ def footprint(plan: PolicyPlan, prompt: int, generate: int = 0) -> Footprint:
     owners = [_owner(plan, group) for group in parts]
     everywhere = tuple(_all_of(index, group) for index, group in enumerate(parts))
     classes = {
-        owner: tuple(part for part, of in zip(everywhere, owners, strict=True) if of == owner)
-        for owner in dict.fromkeys(owners)
+        owner: tuple(part for part, of in zip(everywhere, owners, strict=True) if plan.named_like(of) == owner)
+        for owner in dict.fromkeys(map(plan.named_like, owners))
     }
     layers = [_layer(plan, parts, owners, layer) for layer in range(plan.facts.layers)]
     heads = [_heads(plan, parts, owners, layer) for layer in range(plan.facts.layers)]

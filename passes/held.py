@@ -44,13 +44,19 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
     pools = _Pools(plan, groups(plan, prompt), paged)
     facts = plan.facts
     slot = facts.entry_bytes + _MARKS + 4 * len(plan.states)
-    totals = tops = tuple(0 for _ in pools.groups)
+    totals = tops = stood = tuple(0 for _ in pools.groups)
     steps = piece = most = seen = 0
     exact = True
     for forward in forwards(plan, prompt, generate):
         fresh = (forward.tokens + forward.peeked) * facts.kv_heads * facts.entry_bytes
         seen += forward.tokens
         totals, exact = forward.after, forward.exact
+        stood = tuple(max(some) for some in zip(stood, forward.peak, totals, strict=True))
+        halved = any(2 * now < then for now, then in zip(totals, stood, strict=True))
+        if halved and not paged and forward.phase != "chunk":  # pools that give memory back stand beside the new ones
+            old, new = pools.reserved(stood, seen + 1), pools.reserved(totals, seen + 1)
+            steps = max(steps, (sum(old) + max(new)) * slot)
+            stood = totals
         if forward.phase != "step":
             piece = max(piece, fresh)
             tops = tuple(max(some) for some in zip(tops, forward.peak, totals, strict=True))

@@ -28,6 +28,7 @@ from kvcompile.passes.context import Context
 from kvcompile.passes.freeze import freeze
 from kvcompile.passes.memory import Memory
 from kvcompile.passes.schedule import Schedule
+from kvcompile.passes.slide import slide
 from kvcompile.passes.tables import probe_key
 
 
@@ -119,7 +120,8 @@ def compile_resolved(
 
     after("lower", lowered.module, lowered.places, time.perf_counter() - start)
     run(lowered.module, context, after=after)
-    plan = freeze(lowered.module, context.facts, tuple((key, canonical(value)) for key, value in resolved.params))
+    params = tuple((key, canonical(value)) for key, value in resolved.params)
+    plan = slide(freeze(lowered.module, context.facts, params))
     learned = tuple(context.learned.items())
     return Compiled(plan, texts, resolved, (*findings, *context.findings), seconds, learned)
 

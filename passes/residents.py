@@ -7,6 +7,7 @@ exactly that where `exact` says so; time is linear in forwards, whatever the pro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -103,6 +104,7 @@ class Rows(State):
         return cls(
             plan, group, prompt, seen, total, frozen=total, exact=False, even=group.rows == 1, first=seen, lump=total,
             arrived=dict(arrived), judged=dict(judged), picked={pick: seen for pick in slots if pick is not None},
+            kept=None,
         )  # fmt: skip
 
     def insert(self, event: Event) -> None:
@@ -129,11 +131,16 @@ class Rows(State):
         """
         for rule in sorted(self.group.rules, key=self.plan.spans):
             cls = self.plan.classes[rule]
-            if cls.only_picks == only_picks and not cls.keeps_all:
-                self._judge(rule, cls, event)
+            if cls.only_picks != only_picks or cls.keeps_all:
+                continue
+            # A pick drops nothing, but what a window has left is no candidate either.
+            rows = copy.copy(self) if only_picks else self
+            if self.reach and self.fired[rule]:
+                rows.slide(sure=any(yes for _, yes in self.fired[rule]))
+            rows._judge(rule, cls, event)
 
     def _judge(self, rule: int, cls: ClassPlan, event: Event) -> None:
-        fired = self.fired[rule]
+        fired = [(t, yes) for t, yes in self.fired[rule] if t.kind != "slide"]
         scalars = self.scalars(event)
         said = [(t, yes, True if t.cond is None else holds(t.cond, scalars)) for t, yes in fired]
         hold = [(t, yes and cond is True) for t, yes, cond in said if cond is not False]
@@ -156,6 +163,8 @@ class Rows(State):
                 return event.phase == "step" and event.step % n == 0
             case "when":
                 return True
+            case "slide":
+                return self.seen >= self.reach and (event.phase != "step" or event.step % n == 0)
             case "full" if self.exact and self.even:
                 return self.held >= n * self.rows
             case "full":

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -39,6 +40,17 @@ def examples(n: int):
     return settings(
         max_examples=n, deadline=None, derandomize=True, database=None, phases=phases, suppress_health_check=quiet
     )
+
+
+def some_slow(
+    first: Sequence[object], second: Sequence[object], quick: Sequence[tuple[object, object]]
+) -> list[object]:
+    """All pairs as parameters of a test; those that are not among the quick ones are marked slow."""
+    return [
+        pytest.param(a, b, marks=[] if (a, b) in quick else [pytest.mark.slow], id=f"{a}-{b}")
+        for a in first
+        for b in second
+    ]
 
 
 # -- one policy with parameters --------------------------------------------------------------------------------------

@@ -103,9 +103,10 @@ class Oracle:
     def __init__(self, model: PreTrainedModel, rule) -> None:
         config = model.config
         self.model, self.rule = model, rule
-        self.layers, self.heads = config.num_hidden_layers, config.num_key_value_heads
+        self.layers = config.num_hidden_layers
+        self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.group = config.num_attention_heads // self.heads
-        dim = config.head_dim
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.rows = [
             [
                 Row(

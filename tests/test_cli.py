@@ -276,6 +276,24 @@ def test_run_prints_text_and_report(capsys: pytest.CaptureFixture[str], folder: 
     assert code == 0 and out.splitlines()[0] == answer["text"] and "footprint" in out and "footprint" not in err
 
 
+def test_a_byte_limit_is_planned_with_and_held(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    asked = ("keep_all", "--model", folder, "--max-bytes", "300kB", "--json")
+    code, out, _ = run(capsys, "explain", *asked, "--prompt", 60)
+    found = json.loads(out)
+    assert code == 0 and found["max_bytes"] == 300 * 1024 and found["fits"] is True and found["batch_that_fits"] == 1
+    code, out, err = run(capsys, "run", *asked[:-1], "--prompt", PROMPT, "--max-new-tokens", 200)
+    assert code == 1 and "max_bytes is 300.0 KiB" in err and "bytes more than allowed" in err
+    begun = out.split()
+    code, out, err = run(capsys, "run", *asked, "--prompt", PROMPT, "--max-new-tokens", len(begun))
+    assert code == 0, err
+    said = json.loads(out)
+    assert code == 0 and said["text"].split() == begun and len(begun) > 2
+    assert said["report"]["bytes_peak"] <= 300 * 1024
+    for wrong in ("much", "0", "-3", "2GiBs"):
+        code, _, err = run(capsys, "explain", "keep_all", "--model", folder, f"--max-bytes={wrong}")
+        assert code == 2 and "2GiB" in err and "--max-bytes" in err
+
+
 def test_run_keep_all_is_the_model(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -113,6 +113,15 @@ def test_heads_are_learned_saved_and_used(run, tmp_path: Path) -> None:
     assert re.search(r"policy\s+prulong", out) and "footprint" in out
 
 
+def test_a_model_in_plain_pytorch_recalls_under_a_policy(run) -> None:
+    out = run("07_plain_pytorch.py")
+    answer, wanted = re.search(r"-> (\w+) .*\(right: (\w+)\)", out).groups()
+    assert answer == wanted
+    kept, seen = re.search(r"kept per KV head \[(.*)\] of (\d+)", out).groups()
+    assert set(kept.split(", ")) == {"104"} and int(seen) == 648  # the budget and 8 new ones
+    assert re.search(r"policy\s+snapkv", out) and "0 breaks, 0 recompiles" in out
+
+
 def test_the_demo_shows_who_remembers(run) -> None:
     out = run("demo.py", "--prompts", "8")
     rows = re.findall(r"^ *(\w+) +(\d+)% +(\d+)% +([\d.]+) +([\d.]+) +(\d+) ", out, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_what_has_no_such_form_is_refused_by_name(policy, phase, model, tmp_path
     with pytest.raises(NotFunctional, match=REFUSED[policy, phase]):
         layer = DecomposedLayer(plan, LAYER, phase, PROMPT, 1.0)
         layer(*(torch.zeros(port.shape, dtype=port.dtype) for port in layer.inputs))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [({"softcap": 50.0}, "soft-cap of 50"), ({"sinks": True}, "sinks"), ({"windows": (0, 9, 0)}, "window of 9 tokens")],
+)
+def test_attention_that_is_more_than_a_softmax_over_all_is_refused_by_name(more, says, model):
+    facts = replace(model_facts(model), **more)
+    plan = compile_policy("snapkv", facts, budget=64, observe=32).plan
+    with pytest.raises(NotFunctional, match=says):
+        DecomposedLayer(plan, LAYER, "step", PROMPT, 1.0)
+    if facts.windows:  # a layer without a window has its form
+        DecomposedLayer(plan, 0, "step", PROMPT, 1.0)
 
 
 def test_a_prompt_shorter_than_the_queries_that_a_score_asks_for_is_refused(model):

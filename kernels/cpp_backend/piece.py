@@ -34,14 +34,17 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
     and 128): 0.44 of the time for many short rows, 0.7 to 0.8 for pieces of 128 tokens and more. One token alone
     reads each key once, so tiles gain nothing: 0.9 with a past of 1000, 1.1 with one of 16000, which torch is given.
     """
-    if q.shape[2] == 1 and int(site.length.max()) > _LONG:
+    facts, layer = plan.facts, int(site.layer)
+    plain = not (facts.softcap or facts.sinks or facts.windows)
+    if plain and q.shape[2] == 1 and int(site.length.max()) > _LONG:
         return None
     library = cpp_library(plan).find(prefill_spec)
     asked = f"torch.{plan.facts.dtype}"
     if library is None or any(str(t.dtype) != asked for t in (q, k, v, site.k)):
         return None
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    out = prefill.read(library, q, k, v, scale, site=site)
+    sink = site.sink[layer] if facts.sinks else None
+    out = prefill.read(library, q, k, v, scale, site=site, sink=sink, cap=facts.softcap, reach=facts.reach(layer))
     for b, (new, peek, start) in enumerate(site.clock[:, :3].tolist()) if site.ring.shape[2] else ():
         reference.file_queries(site, b, q[b, :, q.shape[2] - new - peek :], new, start)
     return out
@@ -79,8 +82,9 @@ def _columns(kernel: scores.Library, q: Tensor, qpos: Tensor, rows: Rows) -> Ten
     """q [rows, group, W, D], qpos [W]: float32 [rows, n]."""
     assert rows.k is not None
     return scores.columns(
-        kernel, q.flatten(0, 1)[None], rows.k[None], _places(rows)[None], qpos.int()[None], rows.scale
-    )[0]
+        kernel, q.flatten(0, 1)[None], rows.k[None], _places(rows)[None], qpos.int()[None], rows.scale, cap=rows.cap,
+        sink=None if rows.sink is None else rows.sink.flatten(), reach=rows.reach,
+    )[0]  # fmt: skip
 
 
 def _places(rows: Rows) -> Tensor:

@@ -38,7 +38,7 @@ def columns(
     query is; cap, reach and sink float32 [Hq] as the kernel's variant has them.
     """
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
-    pos, qpos = pos.contiguous(), qpos.contiguous()
+    pos, qpos, sink = pos.contiguous(), qpos.contiguous(), None if sink is None else sink.float().contiguous()
     (batch, heads, queries, _), (_, kv_heads, n, _), threads = q.shape, k.shape, torch.get_num_threads()
     parts = -(-4 * threads // (batch * kv_heads))
     lse, out = torch.empty(batch, heads, parts, queries), torch.empty(batch, kv_heads, n)

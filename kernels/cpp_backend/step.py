@@ -25,6 +25,7 @@ from kvcompile.kernels.span import competes
 
 _address, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _Strides = _long * 6
+_BESIDE = {"softcap": ctypes.c_float, "sinks": _address, "sliding": _long}  # in the order of decode's arguments
 
 
 class _Left(threading.local):
@@ -42,28 +43,44 @@ class _Kernels:
     dtype: torch.dtype
     decode: Any
     scores: bool
+    variants: frozenset[str]  # softcap, sinks, sliding: what decode takes beside
     evictions: dict[int, Any]
+    reach: dict[int, tuple[int, ...]]  # what an eviction takes beside: where its class slides, its window
     left: _Left
 
     @classmethod
     def of(cls, plan: PolicyPlan) -> _Kernels:
         library = cpp_library(plan)
         loaded = library.find(decode_spec)
-        made = cls(plan, getattr(torch, plan.facts.dtype), None, False, {}, _Left())
+        made = cls(plan, getattr(torch, plan.facts.dtype), None, False, frozenset(), {}, {}, _Left())
         if loaded is None:
             return made
-        made.scores = "score" in dict(decode_spec(plan).holes)
+        spec = decode_spec(plan)
+        made.scores, made.variants = "score" in dict(spec.holes), frozenset(_BESIDE) & dict(spec.facts).keys()
         made.decode = loaded.decode
         made.decode.argtypes = [_address] * 6 + [ctypes.c_float, _int] + [_address] * made.scores
+        made.decode.argtypes += [kind for name, kind in _BESIDE.items() if name in made.variants]
         made.decode.restype = _long
         for index, part in enumerate(plan.classes):
             if any(part.fires_on(kind) for kind in STEP_TRIGGERS) and not competes(part):
                 found = library.find(evict_spec, index)
                 if found is not None:
                     found.evict.argtypes = [_address, _long, _address, _long, _long, _address, _int]
+                    found.evict.argtypes += [_long] * part.slides
                     found.evict.restype = None
                     made.evictions[index] = found.evict
+                    made.reach[index] = (plan.class_reach(index),) * part.slides
         return made
+
+    def beside(self, site: Site, layer: int) -> tuple[float, ...]:
+        """What decode takes of the model's attention, in the order of `_BESIDE`."""
+        if not self.variants:
+            return ()
+        facts = self.plan.facts
+        asked = {"softcap": facts.softcap, "sinks": 0, "sliding": facts.reach(layer)}
+        if "sinks" in self.variants:
+            asked["sinks"] = site.sink[layer].data_ptr()
+        return tuple(asked[name] for name in _BESIDE if name in self.variants)
 
     def room(self, layer: int, slots: int) -> Tensor:
         """Where the scores of a layer's slots lie, float32 [>= slots]; made anew when the pool has grown."""
@@ -103,7 +120,7 @@ class Steps:
         extra = (kernels.room(here.layer, site.k.shape[0]).data_ptr(),) if kernels.scores else ()
         failed = kernels.decode(
             ctypes.addressof(here), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
-            ctypes.addressof(strides), scale, torch.get_num_threads(), *extra,
+            ctypes.addressof(strides), scale, torch.get_num_threads(), *extra, *kernels.beside(site, here.layer),
         )  # fmt: skip
         if failed:
             raise KvCompileError(
@@ -132,6 +149,7 @@ class Steps:
                 kernels.evictions[index](
                     ctypes.addressof(here), len(sites), ctypes.addressof(heads), len(heads) // len(sites), index,
                     None if scores is None else ctypes.addressof(scores), torch.get_num_threads(),
+                    *kernels.reach[index],
                 )  # fmt: skip
             elif not competes(part):
                 _by_definition(plan, sites, index, scale)

@@ -19,12 +19,21 @@ from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import Fresh, gather_rows, needs_keys, query_sources, sequence, with_queries
 from kvcompile.kernels.layout import Clock, Site, compact
 from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan, Selection, StatePlan, UnitPlan
+from kvcompile.kernels.ranks import has_joint
 from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.span import competes
 from kvcompile.kernels.stages import Unprintable
 from kvcompile.kernels.states import Weights, growth, observe
 from kvcompile.kernels.triton_backend import prefill
-from kvcompile.kernels.triton_backend.attend import alone, attend, dense, file_queries, library_reads
+from kvcompile.kernels.triton_backend.attend import (
+    alone,
+    attend,
+    dense,
+    file_queries,
+    library_reads,
+    variant,
+    variant_of,
+)
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.evict import EvictStep
 from kvcompile.kernels.triton_backend.library import At, library
@@ -55,17 +64,18 @@ class Triton:
         return observe(plan, site, q, k, v, scale, weights, grown)
 
     def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As `reference.attend_prefill`; a long piece without past or padding goes to torch's own attention.
+        """As `reference.attend_prefill`; a long dense piece without past or padding goes to torch's own attention.
 
         Whether it is one is on the device alone: only there, and only for long pieces, is a value read back.
         """
         module = self._reader(plan, site, q.shape[2])
         if module is None:
             return reference.attend_prefill(plan, site, q, k, v, scale)
-        if library_reads(q, k, v) and alone(site, k):
+        plain = not plan.facts.softcap and not plan.facts.sinks
+        if plain and library_reads(q, k, v) and alone(site, k):
             out = dense(q, k, v, scale)
         else:
-            out = attend(module, site, q, k, v, scale)
+            out = attend(module, site, q, k, v, scale, **variant(plan, site))
         file_queries(site, q)
         return out
 
@@ -86,7 +96,8 @@ class Triton:
         if step is None:
             return reference.attend_step(plan, site, q, k, v, scale, weights)
         active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
-        out, _ = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], site, start, active, site.layer, scale)
+        given = variant(plan, site)
+        out, _ = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], site, start, active, site.layer, scale, **given)
         _file_queries(site, q, start, active)
         return out
 
@@ -127,7 +138,8 @@ class Triton:
                 here = torch.cat([s.layer for s in stores]).to(step.sites)
                 step = step.of(step.sites[torch.isin(step.sites[:, 0], here)])
             if len(step.sites):
-                step(first, first.counts, first.fires[index], now, prompt, decoder.score)
+                reach = first.reach if part.slides else None
+                step(first, first.counts, first.fires[index], now, prompt, decoder.score, reach)
 
     def _eviction(self, plan: PolicyPlan, site: Site, index: int) -> EvictStep | None:
         key = (*_key(plan, site), index)
@@ -170,7 +182,7 @@ class Triton:
         scale: float,
     ) -> None:
         """As `evict.evict_prefill`: scores and winners by kernel where they have one, survivors in one launch."""
-        if _packer(plan) is None or evict.in_place(plan, cls):
+        if _packer(plan) is None or evict.in_place(plan, cls) or has_joint(plan, plan.classes[cls]):
             evict.evict_prefill(plan, cls, site, q, k, v, state, scale)
             return
         part, kv_heads = plan.classes[cls], plan.facts.kv_heads
@@ -223,7 +235,8 @@ class _Kernels(Plainly):
         queries = [(rows.queries or {})[source] for source in sources_of([term.score])]
         q = queries[0].q.flatten(0, 1)[None] if queries else rows.k.new_zeros(1, 1, 1, 1)
         qpos = queries[0].pos[:1].int() if queries else pos.new_zeros(1, 1)
-        return prefill.score(stages, q.contiguous(), rows.k[None], pos, qpos, candidates[None], rows.scale)[0]
+        q, k, open_ = q.contiguous(), rows.k[None], candidates[None]
+        return prefill.score(stages, q, k, pos, qpos, open_, rows.scale, **variant_of(self.plan, rows))[0]
 
     def choose(  # type: ignore[override]
         self, term: Selection, rows: Rows, values: Tensor, candidates: Tensor, n: Tensor, versus: Contest | None
@@ -259,7 +272,8 @@ def _growth(plan: PolicyPlan, states: tuple[StatePlan, ...], rows: Rows, fresh: 
             continue
         if module is not None:
             qpos = fresh.pos[None].int()
-            grown[state.name] = prefill.state_columns(module, q, rows.k[None], pos, qpos, None, rows.scale)[0]
+            k, more = rows.k[None], variant_of(plan, rows)
+            grown[state.name] = prefill.state_columns(module, q, k, pos, qpos, None, rows.scale, **more)[0]
     return grown | growth(tuple(rest), rows, fresh)
 
 

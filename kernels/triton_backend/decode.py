@@ -56,7 +56,7 @@ class DecodeStep:
 
         q [B, Hq, D]; k, v [B, Hkv, D], last dimension contiguous; now int [B]: the new token's position;
         active int [B]: 0 where a sequence has no token in this step; layer int [1]; all on the device.
-        variant: cap, sink and reach, where the file has them; see its launch.
+        variant: as `attend.variant`, where the file has them.
         Returns out [B, 1, Hq, D] in q's dtype (zeros where inactive) and lse float32 [B, Hq], natural.
         """
         with_pools = tensors(pools)

@@ -47,14 +47,22 @@ class EvictStep:
         return EvictStep(self.module, sites.contiguous(), self.scratch)
 
     def __call__(
-        self, pools: PagedPools, counts: Tensor, fires: Tensor, now: Tensor, prompt: Tensor, score: Tensor | None
+        self,
+        pools: PagedPools,
+        counts: Tensor,
+        fires: Tensor,
+        now: Tensor,
+        prompt: Tensor,
+        score: Tensor | None,
+        reach: Tensor | None = None,
     ) -> None:
         """Drop the losers in place and give pages back.
 
         counts int [layers, counts, B]; fires uint8 [B]: rows of a sequence with 0 are left alone; now, prompt
-        int [B]; score: `DecodeStep.score`, or None where the policy judges by states or regions alone.
+        int [B]; score: `DecodeStep.score`, or None where the policy judges by states or regions alone; reach int32
+        [layers], the windows of a class that slides.
         """
         self.module.launch(
             **tensors(pools), sites=self.sites, counts=counts, fires=fires, now=now, prompt=prompt, score=score,
-            scratch=self.scratch,
+            scratch=self.scratch, **({} if reach is None else {"reach": reach}),
         )  # fmt: skip

@@ -18,7 +18,7 @@ def state_columns(
 
     q [B, Hq, n, D], k [B, Hkv, N, D]; pos int32 [B, Hkv, N], -1 where no entry is; qpos int32 [B, n], -1 where
     no query is; lse float32 [B, Hq, n], natural, over all that each query may read; None lets the kernel find it.
-    variant: cap, sink and reach, where the file has them.
+    variant: as `attend.variant_of`, where the file has them.
     """
     columns: Tensor = module.launch(q, k, pos, qpos, scale, lse=lse, **variant)
     return columns
@@ -31,7 +31,7 @@ def score(
     """A selection's score through its stages: float32 [B, Hkv, N], meaningless outside `candidates`.
 
     q [B, Hq, W, D] and qpos int32 [B, W]: the queries that the score asks for; candidates bool [B, Hkv, N];
-    columns in position order where the score pools. variant: cap, sink and reach, where the columns' file has them.
+    columns in position order where the score pools. variant: as `attend.variant_of`, where the columns' file has them.
     """
     value = torch.empty(0)
     for template, module in stages:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from kvcompile.compiled import LayerForward, mark_lengths, refuse_variants, shared_callable
+from kvcompile.compiled import LayerForward, mark_lengths, shared_callable
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import ClassPlan
 from kvcompile.kernels.readable import Reads, by_place, check_readable, last_readers, reads
 from kvcompile.passes.sites import AttentionSite
-from kvcompile.probe import attending_by
+from kvcompile.probe import attending_by, refuse_variants
 
 if TYPE_CHECKING:
     from kvcompile.passes.learning import LearnPlan

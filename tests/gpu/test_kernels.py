@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvcompile.kernels.choose import decode_spec, prefill_spec, specs_for
+from kvcompile.kernels.choose import prefill_spec, specs_for
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.render import load, render, write
@@ -64,8 +65,9 @@ def test_every_template_is_its_reference(dtype: str, head_dim: int, group: int, 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("variant", ["softcap", "sinks", "sliding", "all"])
 def test_variants_of_attention_are_their_reference(dtype: str, variant: str, tmp_path: Path) -> None:
-    names = ("softcap", "sinks", "sliding") if variant == "all" else (variant,)
-    given = dict.fromkeys(names, True)
-    plan = compile_policy("h2o", ModelFacts(2, 8, 2, 128, dtype), heavy=24, local=16).plan
-    specs = (decode_spec(plan, **given), prefill_spec(plan, **given), prefill_spec(plan, 128, **given))
+    every = {"softcap": 30.0, "sinks": True, "windows": (64, 0)}
+    names = {"softcap": ("softcap",), "sinks": ("sinks",), "sliding": ("windows",)}.get(variant, tuple(every))
+    facts = replace(ModelFacts(2, 8, 2, 128, dtype), **{name: every[name] for name in names})
+    plan = compile_policy("h2o", facts, heavy=24, local=16).plan
+    specs = (*specs_for(plan), prefill_spec(plan, 128))
     assert [spec.name for spec in specs if failing(plan, spec, tmp_path)] == []

@@ -19,8 +19,8 @@ def layer_of(
 ) -> Site:  # fmt: skip
     """One layer with rows of these lengths at positions below `now`, in no order; every sequence takes token `now`.
 
-    Slots that hold nothing hold NaN. aligned: rows of a sequence hold the same positions in the same order;
-    ties: states repeat; idle: sequences without a token and without a decision.
+    Slots that hold nothing hold NaN; sink logits are drawn, if the model has any. aligned: rows of a sequence hold the
+    same positions in the same order; ties: states repeat; idle: sequences without a token and without a decision.
     """
     facts, dtype = plan.facts, getattr(torch, plan.facts.dtype)
     dice = torch.Generator().manual_seed(seed * 31 + layer)
@@ -52,6 +52,8 @@ def layer_of(
         top=torch.tensor([start]), ring=torch.zeros(batch, facts.q_heads, plan.ring, facts.head_dim, dtype=dtype),
         clock=clock, counts=numbers.contiguous(), fires=fires, scalar=torch.zeros(0, len(lengths)),
         picked=torch.zeros(0, batch, facts.kv_heads, 0, dtype=torch.uint8), rope=torch.zeros(2, 0, facts.head_dim),
+        reach=torch.tensor([facts.reach(i) for i in range(facts.layers)], dtype=torch.int32),
+        sink=noise(seed, facts.layers if facts.sinks else 0, facts.q_heads) * 3,
     )  # fmt: skip
 
 

@@ -87,6 +87,8 @@ def site_of(
         scalar=torch.full((plan.scalars, len(rows)), float("nan")),
         picked=torch.zeros(0, batch, kv_heads, 0, dtype=torch.uint8),
         rope=torch.zeros(2, 0, width) if rope is None else rope,
+        reach=torch.zeros(1, dtype=torch.int32),
+        sink=torch.zeros(0, plan.facts.q_heads),
     )
 
 

@@ -11,19 +11,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompile.kernels.choose import score_specs, select_spec, state_spec
+from kvcompile.kernels.choose import select_spec, state_spec
 from kvcompile.kernels.compete import Contest, Place, budget
-from kvcompile.kernels.cpp_backend import piece, scores
-from kvcompile.kernels.cpp_backend.build import NoCompiler, compiler, load
-from kvcompile.kernels.cpp_backend.library import built, cpp_library
+from kvcompile.kernels.cpp_backend import piece
+from kvcompile.kernels.cpp_backend.build import NoCompiler, compiler
+from kvcompile.kernels.cpp_backend.library import cpp_library
 from kvcompile.kernels.evaluate import Queries, Rows, score
 from kvcompile.kernels.gather import Fresh
-from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.plan import Expr, PolicyPlan, QuerySource, Region, Selection, StatePlan
-from kvcompile.kernels.render import render
 from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.states import growth
-from tests.kernels.triton_interpreted.plans import H2O, PREFILL_END, attn, binary, const, named, plan, reduce
+from tests.kernels.triton_interpreted.plans import H2O, PREFILL_END, attn, binary, const, named, plan, reduce, varied
 
 try:
     compiler()
@@ -162,21 +160,16 @@ def test_what_a_whole_piece_adds_to_a_state(past, n, seed, threads):
 
 
 def test_columns_with_a_cap_sinks_and_a_limit_of_reach():
-    p = bound(Selection("top", SCORES["snapkv"], 1), kv_heads=2, group=3, head_dim=32)
-    (spec,) = score_specs(p, p.classes[0].selections[0])
-    variant = replace(
-        spec, facts=tuple(sorted({**dict(spec.facts), "softcap": True, "sinks": True, "sliding": True}.items()))
-    )
-    kernel = load(render(variant, header_for(p, variant), "cpp"), built())
+    term = Selection("top", SCORES["snapkv"], 1)
+    p = varied(bound(term, kv_heads=2, group=3, head_dim=32), 0.8, True, (70,))
+    means = piece.means_of(p, 0)
     rows = rows_of(1, 90, 2, 32, group=3, window=8)
-    assert rows.k is not None and rows.queries is not None
+    assert rows.k is not None and rows.queries is not None and means._stages(term) is not None
     q, qpos = rows.queries[WINDOW].q, rows.queries[WINDOW].pos[0]
     sink = torch.linspace(-1, 1, 6)
     for reach in (0, 70):
-        found = scores.columns(
-            kernel, q.flatten(0, 1)[None], rows.k[None], rows.pos.int()[None], qpos.int()[None], 0.3, cap=0.8,
-            sink=sink, reach=reach,
-        )[0]  # fmt: skip
+        given = replace(rows, cap=0.8, sink=sink.view(2, 3), reach=reach)
+        found = means.score(term, given, rows.resident, None)
         logits = 0.8 * torch.tanh(torch.einsum("hgqd,hnd->hgqn", q, rows.k) * 0.3 / 0.8)
         sees = rows.readable[:, None] & (rows.pos[:, None] <= qpos[:, None])
         sees &= (rows.pos[:, None] > qpos[:, None] - reach) if reach else sees

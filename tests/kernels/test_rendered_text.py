@@ -12,23 +12,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from kvcompile.kernels.choose import decode_spec, specs_for, state_spec
+from kvcompile.kernels.choose import specs_for
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.render import Target, render
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.stages import Unprintable
 from kvcompile.passes import compile_policy
+from kvcompile.passes.slide import slide
 
 POLICIES = ("adakv", "h2o", "keep_all", "keydiff", "knorm", "lagkv", "prulong", "snapkv", "streaming", "tova")
 FACTS = ModelFacts(2, 8, 2, 96, "bfloat16")
 ROOT = Path(__file__).parents[2]
-EVERY = {"softcap": True, "sinks": True, "sliding": True}
+EVERY = replace(FACTS, softcap=50.0, windows=(256, 0), sinks=True)
 ANEW = f"was meant, write the record anew: pytest {Path(__file__).relative_to(ROOT)} --update-golden"
 
 
@@ -41,12 +43,9 @@ def plans(place: Path, names: tuple[str, ...]) -> list[PolicyPlan]:
 
 
 def specs(plan: PolicyPlan) -> list[KernelSpec]:
-    """What a policy needs, and its reading kernels with all variants of attention."""
-    variants = [decode_spec(plan, "fp16", **EVERY)]
-    for state in plan.states:
-        columns = state_spec(plan, state, **EVERY) if state.add is not None else None
-        variants += [columns] if columns is not None else []
-    return [*specs_for(plan), *variants]
+    """What a policy needs, and what it needs beside that for a model with all variants of attention."""
+    other = slide(replace(plan, facts=EVERY))
+    return list(dict.fromkeys([*specs_for(plan), *specs_for(other, "fp16")]))
 
 
 def texts(target: Target, place: Path, names: tuple[str, ...]) -> dict[str, str]:

@@ -111,7 +111,7 @@ def test_each_condition_has_a_bit_of_its_own_and_the_unconditioned_share_one() -
         fired.append(fires.tolist())
         sequences.advance(steps, fires)
     assert fired == [[[5, 0]], [[7, 0]], [[5, 0]], [[7, 0]]]
-    with pytest.raises(kvcompile.KvCompileError, match="seven"):
+    with pytest.raises(kvcompile.KvCompileError, match="six"):
         Sequences(replace(plan, classes=(replace(plan.classes[0], triggers=(Trigger("when", cond=one),) * 8),)), 1)
 
 
@@ -262,7 +262,7 @@ def test_rules_of_the_same_rows_judge_one_after_the_other(layout: type) -> None:
                    states=(StatePlan("s", ZERO, None),))  # fmt: skip
     store = layout(plan, 1, torch.float32, CPU)
     sites = filled(plan, store, {(layer, 0, 0): list(range(8)) for layer in range(2)})
-    store.reach(8)
+    store.cover(8)
     sites = store.sites()
     set_states(plan, sites, "s", lambda layer, b, h, p: p * 3 % 8 + layer * 0)  # 0 3 6 1 4 7 2 5
     clock(store, sites, 7)
@@ -280,14 +280,14 @@ def test_slots_grow_with_the_sequence_and_count_as_memory() -> None:
     plan = plan_of(ClassPlan("all", (Region("all"),), ()), heads=2, picks=3)
     store = ExtentStore(plan, 2, torch.float32, CPU)
     assert store.picked.numel() == 0
-    store.reach(3)
+    store.cover(3)
     store.picked[1, 0, 1, 2] = 1
     before = store.bytes_allocated()
-    store.reach(65)
+    store.cover(65)
     assert store.picked.shape == (3, 2, 2, 128)
     assert store.picked.nonzero().tolist() == [[1, 0, 1, 2]]
     assert store.bytes_allocated() - before == 3 * 2 * 2 * 64
-    store.reach(100)
+    store.cover(100)
     assert store.picked.shape[3] == 128
 
 

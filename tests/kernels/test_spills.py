@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from kvcompile.kernels.choose import decode_spec, specs_for, state_spec
+from kvcompile.kernels.choose import specs_for
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.offline import Resources, compile_apart
 from kvcompile.kernels.plan import Expr, PolicyPlan, Region, Selection
 from kvcompile.kernels.render import render, write
 from kvcompile.kernels.spec import KernelSpec
+from kvcompile.passes.slide import slide
 from tests.kernels.triton_interpreted.plans import ACC, H2O, PREFILL_END, STEP, attn, plan, reduce
 
 pytest.importorskip("triton")
@@ -37,11 +39,23 @@ def policies(dtype: str, size: int, group: int) -> Iterator[PolicyPlan]:
     yield plan((recent, Selection("bottom", norm, 1)), triggers=(PREFILL_END,), **facts)  # type: ignore[arg-type]
 
 
+def varied(plain: PolicyPlan) -> PolicyPlan:
+    """For a model with a soft-cap, sinks, and windows in every other layer."""
+    facts = replace(plain.facts, softcap=50.0, sinks=True, windows=(4096, 0) * (plain.facts.layers // 2))
+    return slide(replace(plain, facts=facts))
+
+
 def compiled(
-    place: Path, dtype: str, size: int, group: int, arches: tuple[str, ...], templates: tuple[str, ...] = OWN
+    place: Path,
+    dtype: str,
+    size: int,
+    group: int,
+    arches: tuple[str, ...],
+    templates: tuple[str, ...] = OWN,
+    model: Callable[[PolicyPlan], PolicyPlan] = lambda plain: plain,
 ) -> list[Resources]:
     specs: dict[KernelSpec, PolicyPlan] = {}
-    for policy in policies(dtype, size, group):
+    for policy in map(model, policies(dtype, size, group)):
         specs |= {spec: policy for spec in specs_for(policy) if spec.template in templates}
     paths = [write(render(s, header_for(p, s)), place / f"{s.name}_{s.digest()}.py") for s, p in specs.items()]
     return [used for kernels in compile_apart(paths, arches).values() for used in kernels]
@@ -69,15 +83,15 @@ def test_choosing_and_moving_kernels_do_not_spill(tmp_path: Path) -> None:
     assert spilled(compiled(tmp_path, "bfloat16", 128, 4, ("sm_90",), ("select", "evict", "pack", "keys"))) == []
 
 
-@pytest.mark.parametrize("variant", ["softcap", "sinks sliding"])
-def test_variants_of_attention_compile_and_do_not_spill(tmp_path: Path, variant: str) -> None:
-    policy = next(policies("bfloat16", 96, 5))
-    asked = dict.fromkeys(variant.split(), True)
-    paths = []
-    for spec in (decode_spec(policy, **asked), state_spec(policy, H2O, **asked)):
-        assert spec is not None
-        paths.append(write(render(spec, header_for(policy, spec)), tmp_path / f"{spec.name}.py"))
-    assert spilled([used for kernels in compile_apart(paths, ("sm_90",)).values() for used in kernels]) == []
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_variants_of_attention_compile_and_do_not_spill(tmp_path: Path, arch: str) -> None:
+    assert spilled(compiled(tmp_path, "bfloat16", 96, 5, (arch,), ("decode", "columns", "evict"), varied)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_no_variant_spills_anywhere(tmp_path: Path, size: int) -> None:
+    assert spilled(compiled(tmp_path, "bfloat16", size, 4, ARCHES, ("decode", "columns", "evict"), varied)) == []
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def store(slots: int) -> ExtentStore:
     plan = PolicyPlan("p", "0", ModelFacts(1, 2, 2, 4), (ClassPlan("all", (), ()),), ((0, 0),))
     made = ExtentStore(plan, 2, torch.float32, torch.device("cpu"))
     made.reserve(0, [0] * 4)
-    made._resize(0, slots)
+    made.resize(0, slots)
     return made
 
 

@@ -37,12 +37,6 @@ def refused(found: pytest.ExceptionInfo, *words: str) -> None:
 # -- ways of generating and of copying --------------------------------------------------------------------------------
 
 
-def test_beam_search(model, ids):
-    with pytest.raises(kvcompile.KvCompileError) as found:
-        model.generate(ids, num_beams=2, max_new_tokens=3)
-    refused(found, "beam")
-
-
 def test_assisted_decoding(model, ids):
     with pytest.raises(kvcompile.KvCompileError) as found:
         model.generate(ids, assistant_model=random_model("llama64"), max_new_tokens=3)
@@ -61,17 +55,20 @@ def test_prefill_chunks_of_transformers(model, ids):
     refused(found, "chunk")
 
 
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_of_transformers(model, ids, name):
+    with pytest.raises(kvcompile.KvCompileError) as found:
+        getattr(model, name)(ids.tolist())
+    refused(found, "continuous batching", "join")
+    kvcompile.restore(model)
+    assert getattr(model, name).__func__ is getattr(type(model), name)
+
+
 def test_crop(model, ids):
     _, cache = call(model, ids)
     with pytest.raises(kvcompile.KvCompileError) as found:
         cache.crop(5)
     refused(found, "crop")
-
-
-def test_reordering_of_rows(model, ids):
-    _, cache = call(model, ids)
-    with pytest.raises(kvcompile.KvCompileError):
-        cache.reorder_cache(torch.tensor([0]))
 
 
 def test_a_copy_of_the_model(model):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from hypothesis import strategies as st
 
+from kvcompile.dsl import PolicyError
 from kvcompile.kernels.plan import (
     ClassPlan,
     Count,
@@ -23,6 +25,7 @@ from kvcompile.kernels.plan import (
     Trigger,
     UnitPlan,
 )
+from kvcompile.passes.slide import slide
 
 FACTS = ModelFacts(4, 4, 2, 64)
 ONE = Expr("const", value=Fraction(1))
@@ -53,6 +56,7 @@ class Draft:
     draw: st.DrawFn
     counts: list[Count] = field(default_factory=list)
     slots: int = 0
+    measured: bool = False  # whether the share follows from the entries
 
     def slot(self) -> int:
         self.slots += 1
@@ -99,7 +103,8 @@ class Draft:
             amount = {"fraction": Fraction(1, 3)}
         if form == "lot":
             return Selection(rank, score, scope=self.one_of("head", "query_head"), unit="lot", **amount)  # type: ignore[arg-type]
-        layers = self.one_of("each", "each", "shared", *(["across"] if wide else []))
+        # Layers that share decisions share parts as well, which the plans' one share does not say.
+        layers = self.one_of("each", "each", *([] if self.measured else ["shared"]), *(["across"] if wide else []))
         scopes = ["head", "across"] if layers == "across" else ["head", "head", "query_head", "across"]
         observed = 4 if form == "plain" and rank == "top" and layers == "each" and self.draw(st.booleans()) else 0
         return Selection(
@@ -142,6 +147,7 @@ def plans(draw: st.DrawFn) -> PolicyPlan:
     """Plans of four layers with two KV heads of two query heads each."""
     draft = Draft(draw)
     part = draft.share()
+    draft.measured = part is not None and part.measured
     pieces = draw(st.sampled_from([None, None, 9]))
     rules = draw(st.sampled_from([1, 1, 1, 2]))
     wide = rules == 1 and draw(st.booleans())
@@ -177,7 +183,11 @@ def plans(draw: st.DrawFn) -> PolicyPlan:
         if not spans:
             classes[0] = replace(classes[0], keep=(Region("picked", pick=slot), *classes[0].keep))
         owners = ((first, first), (0, 0), (0, 0), (0, 0))
-    return PolicyPlan(
+    windows = draw(st.sampled_from([(), (), (12,) * 4, (0, 24, 0, 24), (5, 24, 24, 24)]))
+    found = PolicyPlan(
         "drawn", "0", FACTS, tuple(classes), owners, tuple(draft.counts), (part,) if part else (),
         (StatePlan("@count", ONE, None),), (), (UnitPlan("lot", 5, 3),), chunk=pieces, picks=draft.slots,
     )  # fmt: skip
+    with contextlib.suppress(PolicyError):  # where layers of different windows would decide together
+        return slide(replace(found, facts=replace(FACTS, windows=windows)))
+    return found

@@ -78,6 +78,8 @@ class Model:
         for rule in fired:
             if plan.spans(rule):
                 self.decide(rule, fired[rule], list(plan.class_layers(rule)))
+            if all(t.kind == "slide" for t in fired[rule]):
+                continue  # nothing was decided
             self.arrived[rule] = 0
             for unit in {t.unit for t in plan.classes[rule].triggers if t.unit}:
                 self.judged[rule, unit] = self.ready(plan.classes[rule], unit)
@@ -97,6 +99,7 @@ class Model:
             "every": bool(step) and step % max(n, 1) == 0,
             "filled": self.arrived[rule] >= n,
             "when": True,
+            "slide": self.seen >= self.plan.class_reach(rule) and step % max(n, 1) == 0,
         }.get(t.kind, t.kind == self.phase)
 
     def measure(self) -> None:
@@ -127,6 +130,10 @@ class Model:
     def decide(self, rule: int, fired: list[Trigger], layers: list[int]) -> None:
         cls = self.plan.classes[rule]
         rows = [(x, h) for x in layers for h in self.plan.heads(x, rule)]
+        before = dict(self.rows)
+        if reach := self.plan.class_reach(rule):
+            self.rows |= {row: {p for p in self.rows[row] if p > self.seen - reach} for row in rows}
+        fired = [t for t in fired if t.kind != "slide"]
         rows = [row for row in rows if any(self.holds(t.cond, row) for t in fired)]
         kept = {row: {p for p in self.rows[row] if any(self.inside(t, p, row) for t in cls.keep)} for row in rows}
         won: dict[Row, set[int]] = {row: set() for row in rows}
@@ -144,6 +151,7 @@ class Model:
                 if cls.only_picks and term.pick is not None:
                     self.slots[term.pick, row[1]] = set(chosen)
         if cls.only_picks:
+            self.rows = before
             return
         for row in rows:
             lost = sorted(self.rows[row] - kept[row])

@@ -18,26 +18,28 @@ from kvcompile.kernels.choose import prefill_spec, unprintable
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan, Region
 from kvcompile.kernels.triton_backend import backend
-from kvcompile.kernels.triton_backend.attend import LONG, attend, file_queries, library_reads
+from kvcompile.kernels.triton_backend.attend import LONG, attend, file_queries, library_reads, variant
 from kvcompile.kernels.tuning_space import with_config
 from kvcompile.passes.pipeline import compile_policy
 from kvcompile.verify import verify
 from tests.driving import LIBRARY, Sizes, examples
-from tests.kernels.triton_interpreted.plans import Pools, module, plan
+from tests.kernels.triton_interpreted.plans import Pools, module, plan, varied
 from tests.models import tokens
 
 M, N, LISTED = 32, 16, 32  # tiles small enough that a short piece has several
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
-def kernel(p: PolicyPlan, place: Path, listed: int = 0, **variant: bool) -> ModuleType:
-    spec = prefill_spec(p, listed=listed, **variant)
-    return module(p, with_config(spec, (("block_m", M), ("block_n", N))), place)
+def kernel(p: PolicyPlan, place: Path, listed: int = 0) -> ModuleType:
+    return module(p, with_config(prefill_spec(p, listed=listed), (("block_m", M), ("block_n", N))), place)
 
 
 @dataclass
 class Case:
-    """A piece of some sequences; every field as `launch` takes it. `past`: positions that each row holds."""
+    """A piece of some sequences; every field as `launch` takes it. `past`: positions that each row holds.
+
+    reach: the window of layer 1, which reads; layer 0 has another. None: no layer has one.
+    """
 
     group: int = 2
     size: int = 64
@@ -62,11 +64,11 @@ class Case:
     @property
     def plan(self) -> PolicyPlan:
         name = str(self.dtype).removeprefix("torch.")
-        return plan((Region("all"),), kv_heads=self.heads, group=self.group, head_dim=self.size, dtype=name)
+        made = plan((Region("all"),), kv_heads=self.heads, group=self.group, head_dim=self.size, dtype=name)
+        return varied(made, self.softcap, self.sinks, () if self.reach is None else (3, self.reach))
 
     def module(self, place: Path) -> ModuleType:
-        some = {"softcap": self.softcap > 0, "sinks": self.sinks, "sliding": self.reach is not None}
-        return kernel(self.plan, place, LISTED if self.lists is not None else 0, **some)
+        return kernel(self.plan, place, LISTED if self.lists is not None else 0)
 
     def sees(self, row: int) -> torch.Tensor:
         """bool [queries, past, then the piece]: what each query of a row reads, by the definition."""
@@ -110,14 +112,11 @@ def compare(case: Case, place: Path, layer: int = 1) -> ModuleType:
             for block, chosen in enumerate(mine if mine is not None else ()):
                 extra["counts"][row, block] = len(chosen)
                 extra["lists"][row, block, : len(chosen)] = torch.tensor(chosen, **whole)
-    if case.softcap:
-        extra["cap"] = case.softcap
-    if case.sinks:
-        extra["sink"] = torch.randn(case.heads * case.group, generator=pools.noise)
-    if case.reach is not None:
-        extra["reach"] = case.reach
+    sinks = torch.randn(2, case.heads * case.group, generator=pools.noise)
     site = SimpleNamespace(layer=torch.tensor([layer]), clock=clock, k=pools.k, v=pools.v, pos=pools.pos,
-                           table=pools.table, length=pools.length)  # fmt: skip
+                           table=pools.table, length=pools.length, sink=sinks,
+                           reach=torch.tensor(case.plan.facts.windows, dtype=torch.int32))  # fmt: skip
+    extra |= variant(case.plan, site)  # type: ignore[arg-type]
     lse = torch.full((batch, case.heads * case.group, case.columns), 7.0)
     out = attend(made, site, q, k, v, case.size**-0.5, lse=lse, **extra)  # type: ignore[arg-type]
     assert out.shape == (batch, case.columns, case.heads * case.group, case.size) and out.dtype == case.dtype
@@ -132,7 +131,7 @@ def compare(case: Case, place: Path, layer: int = 1) -> ModuleType:
             logits = case.softcap * (logits / case.softcap).tanh()
         logits = logits.masked_fill(~case.sees(row), float("-inf"))
         if case.sinks:
-            more = extra["sink"][mine, None, None].double().expand(-1, logits.shape[1], 1)  # type: ignore[index]
+            more = sinks[layer, mine, None, None].double().expand(-1, logits.shape[1], 1)
             logits, values = torch.cat([logits, more], 2), torch.cat([values, torch.zeros(1, case.size)])
         want = (logits.softmax(2) @ values).transpose(0, 1)
         assert not out[b, :pad].any() and bool((lse[b, :, :pad] == 7).all()), "a column without a token was written"
@@ -245,6 +244,20 @@ def test_dead_blocks_are_not_visited_and_the_longest_tiles_come_first(
     assert sizes[0] == max(sizes) > 4 * min(sizes)
 
 
+@pytest.mark.parametrize("reach", [20, 33])
+def test_blocks_beyond_a_window_are_not_visited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reach: int) -> None:
+    columns = 4 * M
+    past = [list(range(90)), list(range(60, 90)), [], []]
+    case = Case(2, 16, columns=columns, new=[columns, columns - 7], peek=[0, 0], past=past, start=[90, 0],
+                reach=reach, packed=False)  # fmt: skip
+    taken = visits(case, tmp_path, monkeypatch)
+    live = 0
+    for row, held in enumerate(map(len, past)):
+        for tile in case.sees(row).split(M):
+            live += sum(bool(part.any()) for part in (*tile[:, :held].split(N, 1), *tile[:, held:].split(N, 1)))
+    assert sum(map(len, taken)) == live * case.group, "a dead block was visited, or a live one was not"
+
+
 def test_the_ring_takes_the_newest_queries_of_every_sequence() -> None:
     noise = torch.Generator().manual_seed(3)
     for width in (0, 1, 4, 7):
@@ -280,7 +293,9 @@ def test_pieces_of_a_policy_are_read_by_the_kernel(tmp_path: Path, monkeypatch: 
     assert not any(calls), "a piece on the triton backend was read by the reference"
 
 
-def piece(tokens: int, new: list[int], peek: list[int], held: list[int]) -> tuple[Site, tuple[torch.Tensor, ...]]:
+def piece(
+    tokens: int, new: list[int], peek: list[int], held: list[int], windows: tuple[int, int] = (0, 0)
+) -> tuple[Site, tuple[torch.Tensor, ...]]:
     """A site of layer 1 of two whose rows hold so many entries, those of layer 0 some, and a piece of two KV heads."""
     pools = Pools(8, 4, 64, states=0, spare=20)
     for row, count in enumerate([9, 9, 9, 9, *held]):
@@ -289,7 +304,8 @@ def piece(tokens: int, new: list[int], peek: list[int], held: list[int]) -> tupl
     clock[:, :3] = torch.tensor([new, peek, [max(held)] * 2]).T
     names = ("k", "v", "pos", "frozen", "state", "table", "length", "free", "top")
     rest = {name: torch.zeros(0) for name in Site._fields} | {name: getattr(pools, name) for name in names}
-    site = Site(**(rest | {"layer": torch.tensor([1]), "clock": clock, "ring": torch.zeros(2, 4, 3, 64)}))
+    rest |= {"layer": torch.tensor([1]), "clock": clock, "ring": torch.zeros(2, 4, 3, 64)}
+    site = Site(**(rest | {"reach": torch.tensor(windows, dtype=torch.int32), "sink": torch.zeros(2, 4)}))
     return site, (pools.randn(2, 4, tokens, 64), pools.randn(2, 2, tokens, 64), pools.randn(2, 2, tokens, 64))
 
 
@@ -319,6 +335,32 @@ def test_a_whole_prompt_goes_to_torch_where_that_has_a_kernel(
         assert len(taken) == (asked and whole)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cap", "sinks", "windows", "whole"),
+    [
+        (0.0, False, (5, 0), True),
+        (0.0, False, (5, 20), True),
+        (0.0, False, (0, 19), False),
+        (2.0, False, (), False),
+        (0.0, True, (), False),
+    ],
+)
+def test_torch_reads_a_whole_prompt_only_where_that_means_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap: float, sinks: bool, windows: tuple[int, int], whole: bool
+) -> None:
+    monkeypatch.setenv("KVC_CACHE", str(tmp_path))
+    p, taken = varied(plan((Region("all"),)), cap, sinks, windows), []
+    dense = backend.dense
+    monkeypatch.setattr(backend, "dense", lambda *a: (taken.append(1), dense(*a))[1])
+    results = []
+    for asked in (False, True):
+        monkeypatch.setattr(backend, "library_reads", lambda *_, asked=asked: asked)
+        site, inputs = piece(20, [20, 20], [0, 0], [0, 0, 0, 0], windows or (0, 0))
+        results.append(backend.Triton().attend_prefill(p, site, *inputs, 0.125))
+        assert len(taken) == (asked and whole)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
 def test_short_pieces_and_those_on_the_host_are_read_by_the_kernel() -> None:

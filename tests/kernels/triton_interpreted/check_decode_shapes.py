@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from kvcompile.kernels.choose import decode_spec
 from kvcompile.kernels.plan import Region, Selection
+from kvcompile.kernels.triton_backend.attend import variant
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from tests.driving import examples
-from tests.kernels.triton_interpreted.plans import ACC, H2O, Pools, attn, module, plan, reduce, shuffled
+from tests.kernels.triton_interpreted.plans import ACC, H2O, Pools, attn, module, plan, reduce, shuffled, varied
 
 KEEP = (Region("recent", 0), Selection("top", ACC, 1))
 SIZES = (16, 24, 40, 64, 80, 96, 112, 128, 200, 256)
@@ -23,7 +25,10 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: entries of each row. cap, sinks, reach: 0 or False where the kernel has no such variant."""
+    """lengths: entries of each row. cap, sinks: 0 or False where the kernel has no such variant.
+
+    reach: the window of layer 1, which reads; layers 0 and 2 have others. None: no layer has one.
+    """
 
     batch: int
     kv_heads: int
@@ -35,7 +40,7 @@ class Case:
     dtype: str = "float32"
     cap: float = 0.0
     sinks: bool = False
-    reach: int = 0
+    reach: int | None = None
     seed: int = 0
 
 
@@ -49,7 +54,7 @@ def cases(draw) -> Case:  # type: ignore[no-untyped-def]
         batch, kv_heads, draw(st.integers(1, 16)), draw(st.sampled_from(SIZES)), page, tuple(draw(rows)),
         tuple(draw(st.lists(st.sampled_from([1, 1, 1, 0]), min_size=batch, max_size=batch))),
         draw(st.sampled_from(["float32", "float32", "float16"])), draw(st.sampled_from([0.0, 0.0, 2.0, 30.0])),
-        draw(st.booleans()), draw(st.sampled_from([0, 0, 1, 9, 50])), draw(st.integers(0, 999)),
+        draw(st.booleans()), draw(st.sampled_from([None, None, 0, 1, 9, 50])), draw(st.integers(0, 999)),
     )  # fmt: skip
 
 
@@ -68,43 +73,46 @@ def wanted(case: Case, q, keys, values, places, now, sink):  # type: ignore[no-u
 
 def check(case: Case, place: Path) -> None:
     p = plan(
-        KEEP, (H2O,), layers=1, kv_heads=case.kv_heads, group=case.group, head_dim=case.size, dtype=case.dtype,
+        KEEP, (H2O,), layers=3, kv_heads=case.kv_heads, group=case.group, head_dim=case.size, dtype=case.dtype,
         page=case.page,
     )  # fmt: skip
+    p = varied(p, case.cap, case.sinks, () if case.reach is None else (3, case.reach, 70))
     rows, pages = case.batch * case.kv_heads, -(-max(case.lengths) // case.page) + 1
     dtype = getattr(torch, case.dtype)
-    pools = Pools(rows, pages, case.size, dtype=dtype, seed=case.seed, page=case.page, spare=rows * pages)
+    pools = Pools(3 * rows, pages, case.size, dtype=dtype, seed=case.seed, page=case.page, spare=rows * pages)
     for row, count in enumerate(case.lengths):
-        pools.fill(row, shuffled(count, row))
-    before = [pools.entries(row) for row in range(rows)]
-    held = [[x[pools.slots(row)] for x in (pools.k, pools.v, pools.pos, pools.state[0])] for row in range(rows)]
+        pools.fill(rows + row, shuffled(count, row))
+        pools.fill(2 * rows * (row % 2) + row, [5, 3])  # of the layers around it
+    before = [pools.entries(row) for row in range(3 * rows)]
+    slots = [pools.slots(rows + row) for row in range(rows)]
+    held = [[x[at] for x in (pools.k, pools.v, pools.pos, pools.state[0])] for at in slots]
     q, k, v = (pools.randn(case.batch, heads, case.size) for heads in (p.facts.q_heads, case.kv_heads, case.kv_heads))
-    sink, now = torch.randn(p.facts.q_heads, generator=pools.noise), torch.tensor([150, 145, 160])[: case.batch]
-    variant = {"cap": case.cap or None, "sink": sink if case.sinks else None, "reach": case.reach or None}
-    given_ = {name: value for name, value in variant.items() if value is not None}
-    spec = decode_spec(p, softcap=bool(case.cap), sinks=case.sinks, sliding=bool(case.reach))
-    launch = DecodeStep.prepare(module(p, spec, place), 1, rows, pages * case.page, torch.device("cpu"))
+    sinks, now = torch.randn(3, p.facts.q_heads, generator=pools.noise), torch.tensor([150, 145, 160])[: case.batch]
+    model = SimpleNamespace(sink=sinks, reach=torch.tensor(p.facts.windows, dtype=torch.int32))
+    launch = DecodeStep.prepare(module(p, decode_spec(p), place), 3, rows, pages * case.page, torch.device("cpu"))
     out, lse = launch(
-        q, k, v, pools, now, torch.tensor(case.active), torch.tensor([0]), case.size**-0.5, **given_
+        q, k, v, pools, now, torch.tensor(case.active), torch.tensor([1]), case.size**-0.5, **variant(p, model)
     )  # fmt: skip
     bound = TOLERANCE[case.dtype]
     for row in range(rows):
         b, h = divmod(row, case.kv_heads)
         mine = slice(h * case.group, (h + 1) * case.group)
         if not case.active[b]:
-            assert pools.entries(row) == before[row] and not out[b].any()
+            assert pools.entries(rows + row) == before[rows + row] and not out[b].any()
             continue
         keys, values, places, state = held[row]
         keys, values = torch.cat([keys, k[b, h][None]]), torch.cat([values, v[b, h][None]])
         places = torch.cat([places, now[b : b + 1].int()])
-        want, want_lse, probability = wanted(case, q[b, mine], keys, values, places, now[b], sink[mine])
+        want, want_lse, probability = wanted(case, q[b, mine], keys, values, places, now[b], sinks[1, mine])
         assert (out[b, 0, mine].double() - want).abs().max() < bound
         assert (lse[b, mine].double() - want_lse).abs().max() < bound
-        at = pools.slots(row)
+        at = pools.slots(rows + row)
         for pool, held_now in ((pools.k, keys), (pools.v, values), (pools.pos, places)):
             assert torch.equal(pool[at], held_now)
         grown = torch.cat([state.double(), torch.zeros(1)]) + probability.mean(0)
         assert (pools.state[0, at].double() - grown).abs().max() < bound
+    around = [*range(rows), *range(2 * rows, 3 * rows)]
+    assert [pools.entries(row) for row in around] == [before[row] for row in around]
     pools.assert_pages_conserved()
 
 

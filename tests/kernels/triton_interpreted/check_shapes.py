@@ -26,6 +26,7 @@ from tests.kernels.triton_interpreted.plans import (
     plan,
     reduce,
     shuffled,
+    varied,
 )  # fmt: skip
 
 SIZES = st.sampled_from([8, 16, 24, 40, 64, 80, 96, 112, 128, 200, 256])
@@ -73,7 +74,7 @@ def columns(data: st.DataObject, place) -> None:  # type: ignore[no-untyped-def]
     cap, sinks = data.draw(st.sampled_from([0.0, 0.0, 3.0])), data.draw(st.booleans())
     reach = data.draw(st.sampled_from([0, 0, 1, 7, 40]))
     facts = {"kv_heads": heads, "group": group, "head_dim": size, "dtype": dtype, "layers": 1}
-    variant = {"softcap": bool(cap), "sinks": sinks, "sliding": bool(reach)}
+    variants = {"cap": cap, "sinks": sinks, "windows": (reach,) if reach else ()}
     sink = drawn(seed + 2, "float32", heads * group) if sinks else None
     more = {"cap": cap or None, "sink": sink, "reach": reach or None}
     more = {name: value for name, value in more.items() if value is not None}
@@ -84,14 +85,14 @@ def columns(data: st.DataObject, place) -> None:  # type: ignore[no-untyped-def]
     qpos[-1, : random.Random(seed).randrange(asked)] = -1
     p_n, lse = attention(q, k, pos, qpos, size**-0.5, cap, sink, reach)
     if whole:
-        p = plan((Selection("top", ACC, 1),), (H2O,), **facts)  # type: ignore[arg-type]
-        spec = state_spec(p, H2O, **variant)
+        p = varied(plan((Selection("top", ACC, 1),), (H2O,), **facts), **variants)  # type: ignore[arg-type]
+        spec = state_spec(p, H2O)
         assert spec is not None
         got = prefill.state_columns(module(p, spec, place), q, k, pos, qpos, lse.float(), size**-0.5, **more)
     else:
         term = Selection("top", reduce("mean", "g", reduce("sum", "q", attn("last", window))), 1)
-        p = plan((term,), triggers=(PREFILL_END,), **facts)  # type: ignore[arg-type]
-        stages = tuple((spec.template, module(p, spec, place)) for spec in score_specs(p, term, **variant))
+        p = varied(plan((term,), triggers=(PREFILL_END,), **facts), **variants)  # type: ignore[arg-type]
+        stages = tuple((spec.template, module(p, spec, place)) for spec in score_specs(p, term))
         got = prefill.score(stages, q, k, pos, qpos, pos >= 0, size**-0.5, **more)
     want = p_n.sum(3).mean(2)
     error = ((got.double() - want).abs() / want.clamp(min=1)).max()  # a column may sum to as many as there are queries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from importlib import metadata
 from importlib.util import find_spec
@@ -90,6 +90,18 @@ def plan(
     facts = ModelFacts(layers, kv_heads * group, kv_heads, head_dim, dtype)
     where = class_of or ((0,) * kv_heads,) * layers
     return PolicyPlan("test", "0" * 16, facts, (some, rest), where, COUNTS, states=states, page=page)
+
+
+def varied(p: PolicyPlan, cap: float = 0.0, sinks: bool = False, windows: tuple[int, ...] = ()) -> PolicyPlan:
+    """The same plan for a model whose attention has these variants."""
+    return replace(p, facts=replace(p.facts, softcap=cap, sinks=sinks, windows=windows))
+
+
+def sliding(p: PolicyPlan, windows: tuple[int, ...]) -> PolicyPlan:
+    """The plan for a model whose layers have these windows, none of them 0; its class gets the trigger for it."""
+    first, *rest = p.classes
+    slides = replace(first, triggers=(*first.triggers, Trigger("slide", 1)))
+    return varied(replace(p, classes=(slides, *rest)), windows=windows)
 
 
 def module(p: PolicyPlan, spec: KernelSpec, place: Path) -> ModuleType:

@@ -1,0 +1,79 @@
+"""What a forward of an optimised model refuses before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache import KvCache
+from kvcompile.compiled import ATTENTION
+from kvcompile.cuts import is_aligned
+from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.multimodal import beside
+from kvcompile.padding import Columns
+from kvcompile.passes.facts import text_config
+
+
+def check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | None) -> None:
+    """Positions are the sequence's own count; others would contradict the policy, which tests them."""
+    if position_ids is None or position_ids.device.type != "cpu":
+        return
+    if position_ids.ndim == 3 and bool((position_ids == position_ids[:1]).all()):  # several axes that say the same
+        position_ids = position_ids[0]
+    given = position_ids.expand(len(columns), -1).tolist() if position_ids.ndim == 2 else None
+    for b, (cols, seq) in enumerate(zip(columns, cache.sequences.each, strict=True)):
+        expected = list(range(seq.seen, seq.seen + len(cols)))
+        if given is None or [given[b][c] for c in cols if c < len(given[b])] != expected:
+            raise KvCompileError(
+                f"position_ids of sequence {b} are not {seq.seen} to {seq.seen + len(cols) - 1}, which its tokens are: "
+                "positions of one's own are not supported; generate() with a cache takes the whole conversation so far "
+                f"({cache.columns} columns are in this cache) and at least one new token behind it"
+            )
+
+
+def refuse_empty(tokens: Tensor) -> None:
+    if not tokens.shape[1] or not tokens.shape[0]:
+        raise KvCompileError(
+            f"there is no token to run: the input is {list(tokens.shape)}; a text needs at least one new token behind "
+            "what its cache has seen"
+        )
+
+
+def wants_hidden_states(model: Any, kwargs: dict[str, Any]) -> bool:
+    wanted = kwargs.get("output_hidden_states")
+    return bool(model.config.output_hidden_states if wanted is None else wanted)
+
+
+def refuse_pieces(plan: PolicyPlan, columns: Columns, width: int) -> None:
+    cut = plan.chunk is not None and any(len(c) > plan.chunk for c in columns)
+    if cut or not is_aligned(columns, width):
+        raise KvCompileError("output_hidden_states is not supported for prompts that are cut or padded on the right")
+
+
+def refuse_beside(plan: PolicyPlan, columns: Columns, width: int, kwargs: dict[str, Any]) -> None:
+    """Inputs beside the tokens: a prompt that is cut would part them from their tokens."""
+    found = beside(kwargs)
+    if not found:
+        return
+    cut = plan.chunk is not None and any(len(c) > plan.chunk for c in columns)
+    if cut or not is_aligned(columns, width):
+        raise KvCompileError(
+            f"other inputs ({', '.join(found)}) beside a prompt that is cut into pieces or padded on the right are not "
+            "supported: pad on the left, and choose a policy without `at chunk(n)` or with larger pieces"
+        )
+
+
+def refuse_unsupported(model: Any, kwargs: dict[str, Any]) -> None:
+    found = text_config(model.config)._attn_implementation
+    if found != ATTENTION:
+        raise KvCompileError(
+            f"the attention implementation was changed to {found!r} after optimize: "
+            "restore the model, change it, then optimise again"
+        )
+    if model.training and torch.is_grad_enabled():
+        raise KvCompileError("an optimised model is for inference: call model.eval(), or restore it before training")
+    if kwargs.get("output_attentions"):
+        raise KvCompileError("output_attentions is not supported: no attention matrix exists; restore the model first")
