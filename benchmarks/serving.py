@@ -86,7 +86,7 @@ def serve(setting: Setting, policies: Sequence[str]) -> dict[str, Any]:
     servers = {name: Server(build_model(name, setting.backend), setting.most) for name in policies}
     coming = {name: arrivals(traffic, setting.ticks, setting.seed + i) for i, name in enumerate(policies)}
     following = {name: next(some, None) for name, some in coming.items()}
-    done: dict[str, list[Request]] = {name: [] for name in policies}
+    done = {name: Done(setting.sample, random.Random(setting.seed)) for name in policies}
     memory: list[int] = []
     started, lost = time.perf_counter(), 0
     for now in range(setting.ticks):
@@ -94,13 +94,13 @@ def serve(setting: Setting, policies: Sequence[str]) -> dict[str, Any]:
             while (request := following[name]) is not None and request.arrives <= now:
                 server.waiting.append(request)
                 following[name] = next(coming[name], None)
-            done[name] += server.tick(now)
+            for request in server.tick(now):
+                done[name].add(request)
         if now % max(1, setting.ticks // LOOKS) == 0:
             memory.append(resident())
             lost += sum(not conserved(s.cache) for s in servers.values() if s.cache is not None)
     seconds = time.perf_counter() - started
-    dice = random.Random(setting.seed)
-    rows = {name: _row(servers[name], done[name], setting, name, dice) for name in policies}
+    rows = {name: _row(servers[name], done[name], name) for name in policies}
     return {
         "setting": asdict(setting), "traffic": asdict(traffic), "seconds": seconds, "memory": memory,
         "drift": drift(memory), "lost": lost, "policies": rows,
@@ -108,15 +108,34 @@ def serve(setting: Setting, policies: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(server: Server, done: list[Request], setting: Setting, name: str, dice: random.Random) -> dict[str, Any]:
+class Done:
+    """What has ended: figures of all, and an even sample of those that have got a token, so that memory stays flat."""
+
+    def __init__(self, most: int, dice: random.Random) -> None:
+        self.most, self.dice = most, dice
+        self.requests = self.cancelled = self.tokens = self.answered = 0
+        self.sample: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        self.requests += 1
+        self.cancelled += len(request.tokens) < request.wanted
+        self.tokens += len(request.tokens)
+        if not request.tokens:
+            return
+        self.answered += 1
+        if len(self.sample) < self.most:
+            self.sample.append(request)
+        elif (at := self.dice.randrange(self.answered)) < self.most:
+            self.sample[at] = request
+
+
+def _row(server: Server, done: Done, name: str) -> dict[str, Any]:
     model = build_model(name, "reference")
-    chosen = dice.sample([r for r in done if r.tokens], min(setting.sample, sum(bool(r.tokens) for r in done)))
-    found = [replay(model, request) for request in chosen]
-    differing = [gap for at, gap in found if at is not None]
+    differing = [gap for at, gap in (replay(model, request) for request in done.sample) if at is not None]
     return {
-        "requests": len(done), "cancelled": sum(len(r.tokens) < r.wanted for r in done), "steps": server.steps,
-        "tokens": sum(len(r.tokens) for r in done), "peak_bytes": server.peak,
-        "replayed": len(chosen), "replayed_tokens": sum(len(r.tokens) for r in chosen),
+        "requests": done.requests, "cancelled": done.cancelled, "steps": server.steps, "tokens": done.tokens,
+        "peak_bytes": server.peak, "replayed": len(done.sample),
+        "replayed_tokens": sum(len(r.tokens) for r in done.sample),
         "wrong": sum(gap >= NEAR for gap in differing), "ties": sum(gap < NEAR for gap in differing),
     }  # fmt: skip
 
