@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels import reference
-from kvcompile.kernels.evaluate import FORWARD, Queries, attention_logits, attention_weights
+from kvcompile.kernels.evaluate import FORWARD, attention_logits, attention_weights
 from kvcompile.kernels.gather import Fresh, few, gather_rows, placed, together
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.rotary import places, rotate
+from kvcompile.kernels.rows import Queries
 from kvcompile.kernels.states import (
     Weights,
     first_states,

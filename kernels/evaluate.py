@@ -7,7 +7,7 @@ no case analysis. This is the definition that every printed kernel is tested aga
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -18,8 +18,8 @@ from kvcompile.kernels.formulas import is_0_unread, open_sources, sources_of, ti
 from kvcompile.kernels.learned import retained
 from kvcompile.kernels.noise import gumbel
 from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan, evidence_of, source_of, words_of
-from kvcompile.kernels.ranks import Across
 from kvcompile.kernels.rotary import rotate
+from kvcompile.kernels.rows import Queries, Rows, as_read_by, readable_by
 
 H, G, Q, U, E, D = range(6)  # E: entries, the axis i
 _DIM = {"h": H, "g": G, "q": Q, "u": U, "i": E, "d": D}
@@ -28,88 +28,6 @@ WIDE = 1 << 22  # values of one formula's node that are held at a time, where qu
 NEAR = 1 << 18  # the same where rows can: what a core's cache holds, beyond which rows are faster one by one
 
 Leaves = Mapping[tuple[str, object], Tensor]
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Queries q [rows, group, width, head_dim] at positions pos [rows, width] (int64; -1: absent)."""
-
-    q: Tensor
-    pos: Tensor
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of one layer as padded matrices; a column is an entry, in position order where a score needs it.
-
-    pos int64 [rows, n], -1: no entry, or one without position (`fold mean`); resident bool: entries that may be kept;
-    readable bool: what a query may see (peeked tokens are readable, never resident); frozen bool; state name ->
-    float32 [rows, n]; k, v [rows, n, head_dim] where a score asks for them, k as queries read it; now, prompt, chunk,
-    step int64 [rows]; layer, heads int64 [rows]: which KV head of which layer a row is. Under `positions compact`
-    raw [rows, n, head_dim] are the keys as they are stored. bias float32 [rows, n] is added to every logit. rope
-    float32 [2, positions, head_dim], cosine and sine. own [rows, group, n, head_dim]: on insert, each entry's query.
-    sequences: how many there are, whose heads follow each other. Of the model's attention: cap, 0 or what logits are
-    softened to; reach, 0 or how many of the newest tokens a query reads; sink float32 [rows, group], a logit without
-    a value in each softmax. Of a model whose heads several processes hold: first, the model's index of KV head 0 here;
-    across, how these rows meet the same layer's others, None where there are none.
-    """
-
-    pos: Tensor
-    resident: Tensor
-    readable: Tensor
-    frozen: Tensor
-    now: Tensor
-    prompt: Tensor
-    state: dict[str, Tensor]
-    scale: float = 1.0
-    k: Tensor | None = None
-    v: Tensor | None = None
-    queries: dict[QuerySource, Queries] | None = None
-    attn: Tensor | None = None  # probabilities of this forward's queries, [rows, group, q, n], where known already
-    layer: int = 0
-    heads: Tensor | None = None
-    step: Tensor | None = None
-    chunk: Tensor | None = None
-    bias: Tensor | None = None
-    rope: Tensor | None = None
-    compact: bool = False
-    raw: Tensor | None = None
-    own: Tensor | None = None
-    weights: Mapping[str, Tensor] | None = None
-    sequences: int = 1
-    cap: float = 0.0
-    reach: int = 0
-    sink: Tensor | None = None
-    first: int = 0
-    across: Across | None = None
-
-    def one(self, row: int) -> Rows:
-        """The same for a single row."""
-        cut = slice(row, row + 1)
-        found = {name: getattr(self, name) for name in (*_BY_ROW, *_BY_ENTRY)}
-        return replace(
-            self,
-            **{name: value[cut] for name, value in found.items() if value is not None},
-            state={name: s[cut] for name, s in self.state.items()},
-            sequences=1,
-            queries=None
-            if self.queries is None
-            else {s: Queries(x.q[cut], x.pos[cut]) for s, x in self.queries.items()},
-        )
-
-    def until(self, column: int) -> Rows:
-        """The same for the entries before a column; without probabilities, which are of more entries."""
-        found = {name: getattr(self, name) for name in _BY_ENTRY}
-        return replace(
-            self,
-            **{name: value[:, :column] for name, value in found.items() if value is not None},
-            state={name: s[:, :column] for name, s in self.state.items()},
-            attn=None,
-        )
-
-
-_BY_ROW = ("now", "prompt", "heads", "step", "chunk", "own", "attn", "sink")
-_BY_ENTRY = ("pos", "resident", "readable", "frozen", "k", "v", "raw", "bias")
 
 
 def evidence(rows: Rows, source: QuerySource, kind: str) -> Tensor:
@@ -121,7 +39,7 @@ def evidence(rows: Rows, source: QuerySource, kind: str) -> Tensor:
     if kind == "attn" and source.kind == "forward" and rows.attn is not None:
         return rows.attn
     assert rows.queries is not None and rows.k is not None
-    queries = rows.queries[source]
+    queries, rows = rows.queries[source], as_read_by(rows, source)
     logits = attention_logits(rows, queries.q, queries.pos)
     return logits if kind == "logit" else attention_weights(rows, logits).nan_to_num(0.0)
 
@@ -138,14 +56,6 @@ def attention_logits(rows: Rows, q: Tensor, pos: Tensor) -> Tensor:
     if rows.bias is not None:
         logits = logits + rows.bias[:, None, None, :]
     return logits.masked_fill(~readable_by(rows, pos)[:, None], NEG_INF)
-
-
-def readable_by(rows: Rows, pos: Tensor) -> Tensor:
-    """Which entries queries at pos int64 [rows, q] may read: bool [rows, q, n]."""
-    seen = rows.readable[:, None, :] & (rows.pos[:, None, :] <= pos[:, :, None])
-    if rows.reach:
-        seen = seen & (rows.pos[:, None, :] > pos[:, :, None] - rows.reach)
-    return seen
 
 
 def attention_weights(rows: Rows, logits: Tensor) -> Tensor:

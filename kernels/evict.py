@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.gather import (
     Fresh,
     apply_fresh,
@@ -22,6 +21,7 @@ from kvcompile.kernels.judge import carry_out, gather_in_place, judging, met, nu
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan
 from kvcompile.kernels.ranks import has_joint
+from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.select import Means, Plainly, keep_mask
 from kvcompile.kernels.span import competes, note_scores
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompile.kernels.evaluate import Queries, Rows
 from kvcompile.kernels.formulas import reads_keys, sources_of
 from kvcompile.kernels.layout import Clock, Site, compact, write
 from kvcompile.kernels.plan import ClassPlan, Expr, PolicyPlan, QuerySource, formulas_of
 from kvcompile.kernels.rotary import places, places_among, rotate
+from kvcompile.kernels.rows import Queries, Rows
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from kvcompile.kernels.compete import Place
 from kvcompile.kernels.counts import count_value, scalars_of
-from kvcompile.kernels.evaluate import Rows, number
+from kvcompile.kernels.evaluate import number
 from kvcompile.kernels.gather import Fresh, apply, gather_rows
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.losers import settle
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan
 from kvcompile.kernels.ranks import across
+from kvcompile.kernels.rows import Rows
 
 UNCONDITIONED = 1  # bit of Site.fires: a trigger without a condition has fired
 SLIDES = 128  # bit of Site.fires: entries may have left a sliding window

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.arithmetic import divide, holds
-from kvcompile.kernels.evaluate import Rows, score
+from kvcompile.kernels.evaluate import score
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import ClassPlan, Expr, Loser, PolicyPlan
 from kvcompile.kernels.rotary import places, rotate
+from kvcompile.kernels.rows import Rows
 
 ENTRIES = 1 << 17  # of rows that are settled together; several copies of their keys are held at a time
 BLOCK = 64  # losers of a row whose likeness to all its survivors is held at a time

@@ -16,8 +16,8 @@ from torch import Tensor
 from kvcompile.kernels.compete import Place
 from kvcompile.kernels.counts import count_value, scalars_of
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection
+from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.select import random_order, region_mask
 
 ALIGNED = 8  # columns of a block come in multiples of this, which attention kernels ask of masks

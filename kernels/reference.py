@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.evaluate import FORWARD, Queries, Rows, attention_logits, attention_weights
+from kvcompile.kernels.evaluate import FORWARD, attention_logits, attention_weights
 from kvcompile.kernels.gather import Fresh, gather_rows, placed, sequence
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.rows import Queries, Rows
 from kvcompile.kernels.states import BLOCK, Weights, first_states, follow_reads, grow_states
 
 

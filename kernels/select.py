@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.compete import Contest, Place, budget, winners
-from kvcompile.kernels.evaluate import Rows, score
+from kvcompile.kernels.evaluate import score
 from kvcompile.kernels.noise import hashed
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
 from kvcompile.kernels.ranks import Table, table
+from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.units import Units, full, of_units, reads_next
 
 __all__ = ["Means", "Place", "Plainly", "keep_mask", "reads_next", "region_mask"]

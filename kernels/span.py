@@ -14,13 +14,14 @@ from torch import Tensor
 
 from kvcompile.kernels.compete import Place
 from kvcompile.kernels.counts import all_numbers, leaders_of_share, share_total, spread
-from kvcompile.kernels.evaluate import Rows, number, score
+from kvcompile.kernels.evaluate import number, score
 from kvcompile.kernels.formulas import reads_keys, sources_of
 from kvcompile.kernels.gather import Fresh, gather_rows, with_queries
 from kvcompile.kernels.judge import carry_out, gather_in_place, judging, met, numbers_of, place_of, scalars_of_clock
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
 from kvcompile.kernels.ranks import everyone, gathered
+from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.select import Plainly, keep_mask, region_mask
 from kvcompile.kernels.shares import by_cover, by_softmax
 from kvcompile.kernels.units import full, of_units, reads_next
@@ -156,16 +157,19 @@ def _divide(plan: PolicyPlan, sites: list[Site], b: int, parts: Tensor) -> None:
 
 def _noted(plan: PolicyPlan, share: int, site: Site, b: int) -> list[tuple[Tensor, Tensor]]:
     """(positions, noted values) of each row of one layer that uses a share, wherever it is, lower heads first; entries
-    that have a position."""
+    that have a position and have not left their window."""
     state = [s.name for s in plan.states].index(f"@share:{share}")
     using = [cls for cls in range(len(plan.classes)) if share in plan.shares_of(cls)]
     heads = sorted({head for cls in using for head in plan.heads(int(site.layer), cls)})
     base = site.base(plan.facts.kv_heads) + b * plan.facts.kv_heads
+    seen, reach = int(site.clock[b, Clock.START] + site.clock[b, Clock.NEW]), plan.facts.reach(int(site.layer))
+    oldest = max(0, seen + 1 - reach) if reach else 0
     found = []
     for row in (base + head for head in heads):
         slots = site.slots(row, 0, int(site.length[row]))
         pos = site.pos[slots].long()
-        found.append((pos[pos >= 0], site.state[state, slots[pos >= 0]]))
+        there = pos >= oldest
+        found.append((pos[there], site.state[state, slots[there]]))
     return found if plan.shard is None else _of_all(plan, found, site.k.device)
 
 

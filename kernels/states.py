@@ -15,13 +15,14 @@ from torch import Tensor
 
 from kvcompile.kernels.arithmetic import holds
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.kernels.evaluate import FORWARD, Leaves, Queries, Rows, evidence, score
+from kvcompile.kernels.evaluate import FORWARD, Leaves, evidence, score
 from kvcompile.kernels.formulas import sources_of, states_read
 from kvcompile.kernels.gather import Fresh, gather_rows, placed, sampled, sequence
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import Expr, PolicyPlan, QuerySource, StatePlan, Update, evidence_of, words_of
 from kvcompile.kernels.ranks import across
 from kvcompile.kernels.rotary import rotate
+from kvcompile.kernels.rows import Queries, Rows, readable_by
 
 BLOCK = 256  # queries whose probabilities are held at a time
 Weights = Mapping[str, Tensor]
@@ -138,7 +139,7 @@ def growth(states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str,
                 continue
             sources = sources_of([state.add])
             part = replace(rows, queries={s: _of(asked, s) for s in sources} or {FORWARD: asked})
-            grown[state.name] += score(state.add, part, rows.resident, causal=True)
+            grown[state.name] += score(state.add, part, rows.resident, among=rows.readable, causal=True)
     return grown
 
 
@@ -248,18 +249,24 @@ def _grow(states: list[StatePlan], rows: Rows) -> None:
     """Let states grow by what the rows' queries add; all entries were there before them."""
     for state in states:
         if state.add is not None:
-            rows.state[state.name] = rows.state[state.name] + score(state.add, rows, rows.resident)
+            rows.state[state.name] = rows.state[state.name] + score(state.add, rows, rows.resident, among=_read(rows))
 
 
 def _assign(updates: list[Update], rows: Rows, leaves: Leaves | None) -> None:
     """Set the rows' states, assignments left to right, where the entry's condition holds."""
+    among = _read(rows)
     for update in updates:
         there = rows.resident
         if update.where is not None:
-            there = there & holds(score(update.where, rows, rows.resident, leaves=leaves))
+            there = there & holds(score(update.where, rows, rows.resident, leaves=leaves, among=among))
         for name, formula in update.assigns:
-            value = score(formula, rows, rows.resident, leaves=leaves)
+            value = score(formula, rows, rows.resident, leaves=leaves, among=among)
             rows.state[name] = torch.where(there, value, rows.state[name])
+
+
+def _read(rows: Rows) -> Tensor:
+    """What the newest query has read, bool [rows, n]: also an entry that has left the window since."""
+    return readable_by(rows, rows.now[:, None])[:, 0]
 
 
 def _put_back(plan: PolicyPlan, site: Site, rows: Rows, order: Tensor, index: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.arithmetic import unit_columns
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.plan import Expr, Selection, UnitPlan, words_of
+from kvcompile.kernels.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import hashlib
 from dataclasses import replace
 
 from kvcompile.dsl.diagnostics import PolicyError, fail, outside
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Trigger
+from kvcompile.kernels.formulas import sources_of
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Trigger, formulas_of
 
 SLACK = 64  # steps for which entries may wait after they have left a window; an eighth of a small one
 
@@ -29,7 +30,10 @@ def slide(plan: PolicyPlan) -> PolicyPlan:
         for window in sorted({windows[layer] for layer in plan.class_layers(cls)} or {0})
     ]
     index = {part: i for i, part in enumerate(parts)}
-    classes = tuple(_inside(plan.classes[cls], window, index) for cls, window in parts)
+    at_once = {
+        part.rows_of if part.rows_of is not None else cls for cls, part in enumerate(plan.classes) if _sees(part)
+    }
+    classes = tuple(_inside(plan.classes[cls], window, index, 1 if cls in at_once else SLACK) for cls, window in parts)
     class_of = tuple(tuple(index[cls, windows[layer]] for cls in row) for layer, row in enumerate(plan.class_of))
     # Scores that wait for all layers are named by their class, which has one window and so one new place.
     names = {f"@score:{cls}": f"@score:{place}" for (cls, _), place in index.items()}
@@ -38,18 +42,25 @@ def slide(plan: PolicyPlan) -> PolicyPlan:
     return replace(plan, classes=classes, class_of=class_of, states=states, digest=digest)
 
 
+def _sees(part: ClassPlan) -> bool:
+    """Whether a rule would decide by whether what has left the window is still in memory: `full(n)` counts it, and a
+    later rule of the same rows finds it gone or not, when it asks earlier queries again."""
+    newest = part.rows_of is not None and any(source.kind == "last" for source in sources_of(formulas_of(part)))
+    return newest or any(trigger.kind == "full" for trigger in part.triggers)
+
+
 def _renamed(state: str, names: dict[str, str]) -> str:
     head, colon, place = state.rpartition(":")
     return names[head] + colon + place if head in names else state
 
 
-def _inside(part: ClassPlan, window: int, index: dict[tuple[int, int], int]) -> ClassPlan:
+def _inside(part: ClassPlan, window: int, index: dict[tuple[int, int], int], slack: int) -> ClassPlan:
     if part.rows_of is not None:
         return replace(part, rows_of=index[part.rows_of, window])
     if not window:
         return part
     # A little slack, because to drop one entry at every step would cost a step more than it frees.
-    steps = max(1, min(SLACK, window // 8))
+    steps = max(1, min(slack, window // 8))
     return replace(part, triggers=(*part.triggers, Trigger("slide", steps)))
 
 

@@ -54,6 +54,7 @@ class FamilyOracle(Oracle):
     def __init__(self, model: PreTrainedModel, rule: Any, windows: Sequence[int]) -> None:
         super().__init__(model, rule)
         self.windows = windows
+        self.left: list[list[bool]] = []  # whether a row's oldest entry has left the window with the newest query
         self.asked: dict[int, tuple[Any, dict[str, Any]]] = {}  # of each layer: its module, what it asks for
         AttentionInterface.register(ATTENTION, self._attention)
         AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
@@ -68,10 +69,13 @@ class FamilyOracle(Oracle):
         with torch.no_grad():
             out = self.model(input_ids=torch.tensor([tokens]), position_ids=places, use_cache=False)
         self.length += piece.tokens
+        self.left = [[False] * self.heads for _ in self.windows]
         for layer, window in enumerate(self.windows):
-            for row in self.rows[layer]:
+            for head, row in enumerate(self.rows[layer]):
                 if window:
-                    row.resident[: max(0, piece.now + 2 - window)] = False
+                    oldest = piece.now + 1 - window
+                    self.left[layer][head] = oldest >= 0 and bool(row.resident[oldest])
+                    row.resident[: max(0, oldest + 1)] = False
         self.rule.decide_all(self, piece)
         return Forward(piece, out.logits[0].float(), (), self.kept())
 
@@ -104,16 +108,22 @@ class FamilyOracle(Oracle):
         readable = torch.stack([seen & here for here in resident]).repeat_interleave(self.group, 0)
         mask = torch.where(readable, 0.0, MASKED)[None]
         keys, values = (torch.stack([getattr(row, name) for row in rows])[None] for name in ("keys", "values"))
-        return eager(module, query, keys, values, mask, **asked)
+        output, probs = eager(module, query, keys, values, mask, **asked)
+        return output, torch.where(readable, probs, 0.0)  # of a query that reads nothing the softmax would be even
 
     def last_reads(self, row: Row, width: int) -> Tensor:
-        """As `Oracle.last_reads`, by the model's own attention."""
+        """As `Oracle.last_reads`, by the model's own attention; over what the newest query read, so also over the entry
+        that has left the window with it."""
         places = [(i, j) for i, rows in enumerate(self.rows) for j, other in enumerate(rows) if other is row]
         [(layer, head)] = places
         total = len(row.resident)
         newest = torch.arange(max(0, total - width), total)
         query = torch.cat([r.queries[:, newest] for r in self.rows[layer]])[None]
-        _, probs = self._read(layer, query, newest, [r.resident for r in self.rows[layer]])
+        resident = [r.resident.clone() for r in self.rows[layer]]
+        for other, left in zip(resident, self.left[layer], strict=True):
+            if left:
+                other[total - self.windows[layer]] = True
+        _, probs = self._read(layer, query, newest, resident)
         return probs[0, head * self.group : (head + 1) * self.group]
 
     def readable(self, kept: Kept, length: int) -> Kept:

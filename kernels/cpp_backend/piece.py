@@ -15,11 +15,11 @@ from kvcompile.kernels.choose import prefill_spec, score_specs, select_spec, sta
 from kvcompile.kernels.compete import Contest
 from kvcompile.kernels.cpp_backend import prefill, scores
 from kvcompile.kernels.cpp_backend.library import CppLibrary, cpp_library
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import Fresh
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import Expr, PolicyPlan, Selection, StatePlan, UnitPlan
+from kvcompile.kernels.rows import Rows, as_read_by
 from kvcompile.kernels.select import Means, Plainly
 from kvcompile.kernels.states import Growth, growth
 
@@ -108,8 +108,9 @@ class _Kernels(Plainly):
         for template, kernel in stages:
             if template == "columns":
                 # One source at most, or the score would have no form; of sequences that are equally far.
-                queries = next((rows.queries or {})[source] for source in sources_of([term.score]))
-                value = _columns(kernel, queries.q, queries.pos[0], rows)
+                (source,) = sources_of([term.score])
+                queries = (rows.queries or {})[source]
+                value = _columns(kernel, queries.q, queries.pos[0], as_read_by(rows, source))
             elif template == "keys":
                 assert rows.k is not None
                 value = scores.keys(kernel, rows.k[None], _places(rows)[None])[0]

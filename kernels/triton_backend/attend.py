@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, arange, where
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.rows import Rows
 
 # Tokens of a piece from which torch's own attention may save more than the look at the device costs that it takes.
 LONG = 4096

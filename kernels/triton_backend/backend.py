@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kvcompile.kernels import evict, reference
 from kvcompile.kernels.compete import Contest
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import Fresh, gather_rows, needs_keys, query_sources, sequence, with_queries
 from kvcompile.kernels.layout import Clock, Site, compact
 from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan, Selection, StatePlan, UnitPlan
 from kvcompile.kernels.ranks import has_joint
+from kvcompile.kernels.rows import Rows, as_read_by
 from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.span import competes
 from kvcompile.kernels.stages import Unprintable
@@ -229,10 +229,12 @@ class _Kernels(Plainly):
             return super().score(term, rows, candidates, unit)
         if not stages or unit is not None or rows.k is None or rows.bias is not None:
             return super().score(term, rows, candidates, unit)
-        # Readable entries are resident or peeked; pos -1 marks a column that holds neither.
-        pos = rows.pos.masked_fill(~rows.readable, -1).int()[None]
         # One source at most, or the score would have no form; other formulas of the class may ask for more.
-        queries = [(rows.queries or {})[source] for source in sources_of([term.score])]
+        sources = list(sources_of([term.score]))
+        queries = [(rows.queries or {})[source] for source in sources]
+        # Readable entries are resident or peeked; pos -1 marks a column that holds neither.
+        readable = (as_read_by(rows, sources[0]) if sources else rows).readable
+        pos = rows.pos.masked_fill(~readable, -1).int()[None]
         q = queries[0].q.flatten(0, 1)[None] if queries else rows.k.new_zeros(1, 1, 1, 1)
         qpos = queries[0].pos[:1].int() if queries else pos.new_zeros(1, 1)
         q, k, open_ = q.contiguous(), rows.k[None], candidates[None]

@@ -16,9 +16,10 @@ from kvcompile.kernels.compete import Contest, Place, budget
 from kvcompile.kernels.cpp_backend import piece
 from kvcompile.kernels.cpp_backend.build import NoCompiler, compiler
 from kvcompile.kernels.cpp_backend.library import cpp_library
-from kvcompile.kernels.evaluate import Queries, Rows, score
+from kvcompile.kernels.evaluate import score
 from kvcompile.kernels.gather import Fresh
 from kvcompile.kernels.plan import Expr, PolicyPlan, QuerySource, Region, Selection, StatePlan
+from kvcompile.kernels.rows import Queries, Rows
 from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.states import growth
 from tests.kernels.triton_interpreted.plans import H2O, PREFILL_END, attn, binary, const, named, plan, reduce, varied
@@ -172,7 +173,8 @@ def test_columns_with_a_cap_sinks_and_a_limit_of_reach():
         found = means.score(term, given, rows.resident, None)
         logits = 0.8 * torch.tanh(torch.einsum("hgqd,hnd->hgqn", q, rows.k) * 0.3 / 0.8)
         sees = rows.readable[:, None] & (rows.pos[:, None] <= qpos[:, None])
-        sees &= (rows.pos[:, None] > qpos[:, None] - reach) if reach else sees
+        # What the newest query is too far from counts for none.
+        sees &= (rows.pos > (rows.now - reach)[:, None])[:, None] if reach else sees
         logits = logits.masked_fill(~sees[:, None], float("-inf"))
         extra = sink.view(2, 3, 1, 1).expand(-1, -1, 8, 1)
         truth = torch.cat([logits, extra], -1).softmax(-1)[..., :-1].sum(2).mean(1)

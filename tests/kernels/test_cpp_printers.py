@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from kvcompile.kernels.cpp_backend.build import NoCompiler, compiler, load
-from kvcompile.kernels.evaluate import Rows, score
+from kvcompile.kernels.evaluate import score
 from kvcompile.kernels.holes import print_hole, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import Axis
 from kvcompile.kernels.printers_cpp import CPP
 from kvcompile.kernels.render import TEMPLATES
+from kvcompile.kernels.rows import Rows
 from tests.kernels.test_triton_printers import FORMULAS
 from tests.kernels.triton_interpreted.plans import binary, named, reduce
 

@@ -10,7 +10,7 @@ import torch
 
 import kvcompile
 from kvcompile.kernels import evaluate
-from kvcompile.kernels.evaluate import Queries, Rows, number, score
+from kvcompile.kernels.evaluate import number, score
 from kvcompile.kernels.plan import (
     ClassPlan,
     Expr,
@@ -20,6 +20,7 @@ from kvcompile.kernels.plan import (
     Selection,
     UnitPlan,
 )
+from kvcompile.kernels.rows import Queries, Rows
 from kvcompile.kernels.select import Plainly, keep_mask
 from tests.kernels.triton_interpreted.plans import ACC, attn, binary, const, named, reduce
 from tests.models import random_model, tokens

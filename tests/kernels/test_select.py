@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompile.kernels.compete import Place
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.plan import ClassPlan, Count, Expr, ModelFacts, PolicyPlan, Region, Selection, Term, UnitPlan
+from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.select import Plainly, keep_mask
 
 SCORE = Expr("state", (), "s", "i")

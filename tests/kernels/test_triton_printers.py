@@ -10,10 +10,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from kvcompile.kernels.evaluate import Rows, score
+from kvcompile.kernels.evaluate import score
 from kvcompile.kernels.holes import print_hole, region_text, spell, step_hole
 from kvcompile.kernels.plan import Expr, Region
 from kvcompile.kernels.printers import TORCH, Axis
+from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.stages import Unprintable, cut, open_axes
 from tests.kernels.triton_interpreted.plans import ACC, attn, binary, const, named, plan, reduce
 

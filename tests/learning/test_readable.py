@@ -9,9 +9,9 @@ import kvcompile
 from kvcompile.kernels.compete import Place
 from kvcompile.kernels.counts import count_value
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.kernels.evaluate import Rows
 from kvcompile.kernels.plan import ClassPlan, ModelFacts, PolicyPlan
 from kvcompile.kernels.readable import by_place, last_readers, readable, reads
+from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.select import region_mask
 from kvcompile.passes import compile_policy
 from kvcompile.passes.facts import model_facts
