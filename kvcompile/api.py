@@ -8,41 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kvcompile.compiled import ATTENTION, INNER, LayerForward, Layers, no_copies, variants_of
-from kvcompile.cuda_graphs import step_graphs
+from kvcompile.building import Choice, Request, choose, engine_of, prepare, sharing
+from kvcompile.compiled import ATTENTION, LayerForward, no_copies
 from kvcompile.forward import Engine, OptimizedForward
 from kvcompile.generating import CONTINUOUS, checked_generate, refuse_continuous
 from kvcompile.guard import guarded
-from kvcompile.kernels import ops
-from kvcompile.kernels.cpp_backend.build import tell
-from kvcompile.kernels.errors import NO_TRITON, KvCompileError
-from kvcompile.kernels.layout import Site
-from kvcompile.kernels.learned import fingerprint
-from kvcompile.kernels.offline import has_triton
-from kvcompile.kernels.ranks import sharded
+from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.sizes import parse_bytes
 from kvcompile.limits import Limit, with_sequences
-from kvcompile.passes import Compiled, compile_policy
-from kvcompile.passes.facts import model_facts, text_config
-from kvcompile.passes.open_anchors import gathered_evictions
-from kvcompile.passes.pipeline import probes_of
+from kvcompile.passes import Compiled
+from kvcompile.passes.facts import text_config
 from kvcompile.passes.sites import AttentionSite, find_sites
-from kvcompile.placement import agreed, home_of, local, local_bytes, of_all_processes, processes_of, spoken
 from kvcompile.plain_graphs import is_plain
-from kvcompile.probe import run_probes
-from kvcompile.rotary import RopeTable
-from kvcompile.weights import load_weights
-
-BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 class Optimized:
@@ -56,12 +39,12 @@ class Optimized:
         backend: str,
         configs: list[tuple[nn.Module, Any]],
         generate: Any,
-        request: tuple[Any, dict[str, Any]],
+        request: Request,
     ) -> None:
         self.compiled, self.forward, self.sites, self.backend = compiled, forward, sites, backend
         self.configs = configs  # every module with the configuration that it had
         self.generate = generate  # an instance's own generate, where it had one
-        self.request = request  # policy and options, as they were given
+        self.request = request
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise no_copies()
@@ -100,73 +83,41 @@ def optimize(
     restored first.
     """
     most = None if max_bytes is None else parse_bytes(max_bytes)
+    request = Request(policy, backend, compile, name, tables, max_bytes, positions, params)
     if is_plain(model):
         from kvcompile.plain import optimize_plain  # which needs this module
 
-        optimize_plain(
-            model, policy, params, backend=backend, compile=compile, name=name, tables=tables, positions=positions
-        )
-        state = optimized(model)
-        state.forward.engine.limit = Limit(most, model)
-        state.request[1]["max_bytes"] = max_bytes
-        return model
+        return optimize_plain(model, request, Limit(most, model))
     if positions is not None:
         raise KvCompileError(f"positions={positions!r} is for plain PyTorch models; {type(model).__name__} is another")
     sites = find_sites(model)
-    processes = processes_of(model, sites[0].attention)
-    if processes is not None and most is not None:
-        raise KvCompileError(
-            "max_bytes is not supported where several processes share a model's heads: one might refuse a forward that "
-            "the others wait in; see the peak that kvcompile.explain gives instead"
-        )
-    with agreed(processes) as said:
-        home = home_of(sites)
-        chosen = _backend(backend, model, home)
-        inner = _inner(compile, chosen)
-        facts = model_facts(model)
-        compiled = compile_policy(policy, facts, name=name, tables=tables, **params)
-        asked = probes_of(compiled.resolved)
-        said += spoken(compiled.plan, chosen, inner)
-    if asked:  # only now, because a probe takes a forward and a policy with mistakes none
-        probes = of_all_processes(processes, run_probes(model, sites, asked))
-        compiled = compile_policy(policy, facts, name=name, tables=tables, probes=probes, **params)
-    whole = compiled.plan
-    if processes is not None:
-        compiled = replace(compiled, plan=sharded(whole, processes, processes.key, local_bytes(model)))
-    graphs = step_graphs(compiled.plan, chosen, home) if compile in GRAPHED else None
-    with agreed(processes) as said:
-        weights = load_weights(whole, dict(compiled.learned), home)
-        rope = RopeTable(model, sites) if whole.rotates else None
-        program = ops.Program(compiled.plan, ops.backend(chosen), weights)
-        program.backend.prepare(compiled.plan)
-        said += [*spoken(whole, type(program.backend).__name__, inner), f"trained scores {fingerprint(weights)}"]
+    limit = Limit(most, model)
+    processes = sharing(model, sites, limit)
+    choice = choose(model, sites, processes, request)
+    parts = prepare(model, sites, processes, choice)
     restore(model)
-    key = ops.register(program)
-    scale = sites[0].scale
-    layers = Layers(compiled.plan.name, inner, variants_of(compiled.plan.facts, scale))
-    tail = gathered_evictions(compiled.plan, key, scale, len(Site._fields))
-    sinks = tuple(local(cast(Tensor, site.attention.sinks)) for site in sites) if facts.sinks else ()
-    engine = Engine(
-        compiled.plan, key, chosen == "triton", layers, tail, scale, inner != "off", rope, graphs, sinks, home
-    )
-    engine.limit = Limit(most, model)
+    _install(model, sites, choice, engine_of(sites, choice, parts, limit), request)
+    return model
+
+
+def _install(
+    model: nn.Module, sites: tuple[AttentionSite, ...], choice: Choice, engine: Engine, request: Request
+) -> None:
+    """Give the model and its decoder layers forwards of their own, and the model a generate(); all or nothing."""
     forward = OptimizedForward(model, engine)
-    before = vars(model).get("generate")
-    options = {"backend": backend, "compile": compile, "name": name, "tables": tables, "max_bytes": max_bytes}
-    request = (policy, {**options, **params})
-    model.__dict__["_kvcompile"] = Optimized(compiled, forward, sites, chosen, _own_config(model), before, request)
+    before, configs = vars(model).get("generate"), _own_config(model)
+    model.__dict__["_kvcompile"] = Optimized(choice.compiled, forward, sites, choice.backend, configs, before, request)
     try:
         _set_attention(model)
         for site in sites:
-            site.layer.forward = LayerForward(layers, site.layer, site.index)
+            site.layer.forward = LayerForward(engine.layers, site.layer, site.index)
         model.forward = forward
-        generate = with_sequences(checked_generate(model, compiled.plan), engine.limit)
+        generate = with_sequences(checked_generate(model, engine.plan), engine.limit)
         model.__dict__["generate"] = guarded(generate, forward.traffic)
         model.__dict__.update({name: refuse_continuous for name in CONTINUOUS if hasattr(model, name)})
     except BaseException:
         restore(model)
         raise
-    return model
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -232,7 +183,7 @@ def use(model: nn.Module, policy: Any, **options: Any) -> Iterator[nn.Module]:
     finally:
         restore(model)
         if former is not None:
-            optimize(model, former.request[0], **former.request[1])
+            optimize(model, former.request.policy, **former.request.arguments())
 
 
 def optimized(model: nn.Module) -> Optimized:
@@ -243,40 +194,3 @@ def optimized(model: nn.Module) -> Optimized:
             f"this {type(model).__name__} is not optimised: call kvcompile.optimize(model, policy) first"
         )
     return cast(Optimized, state)
-
-
-def _backend(backend: str, model: nn.Module, device: torch.device | None = None) -> str:
-    """The backend that carries out attention on `device`, without it where the model's first parameter is."""
-    if backend not in BACKENDS:
-        raise KvCompileError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
-    device = next(model.parameters()).device if device is None else device
-    if backend == "auto":
-        if device.type == "cuda" and not has_triton():
-            tell(f"backend 'auto' runs the reference, which is slow: {NO_TRITON}")
-            return "reference"
-        return "triton" if device.type == "cuda" else "cpu"
-    if backend == "triton" and not has_triton():
-        raise KvCompileError(f"backend 'triton': {NO_TRITON}")
-    if backend == "cpu" and device.type != "cpu":
-        raise KvCompileError(f"backend 'cpu' with a model on {device}: use 'triton' or 'reference'")
-    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-        raise KvCompileError(
-            "backend 'triton' with a model on cpu: use 'cpu', move the model to a GPU, or set TRITON_INTERPRET=1 "
-            "to run its kernels slowly on Triton's interpreter"
-        )
-    return backend
-
-
-def _inner(compile: str, backend: str) -> str:
-    known = ("auto", *INNER, *GRAPHED)
-    if compile not in known:
-        raise KvCompileError(f"unknown compile={compile!r}: one of {', '.join(known)}")
-    if compile == "auto":
-        return AUTO[backend]
-    return GRAPHED.get(compile, compile)
-
-
-# docs/architecture.md has the figures behind these; `triton` has not been measured yet.
-AUTO = {"reference": "off", "cpu": "off", "triton": "eager"}
-# What runs inside a captured step.
-GRAPHED = {"cudagraph": "eager", "cudagraph+inductor": "inductor"}

@@ -125,9 +125,10 @@ class KvCache(Cache):
                         "clone() taken earlier still has what has gone"
                     )
             gone = [s.seen - n for s, n in zip(self.sequences.each, seen, strict=True)]
-            for b, n in enumerate(seen):
-                if gone[b] or slides:
-                    self._crop(b, n, slides)
+            cut = [b for b, n in enumerate(gone) if n or slides]
+            moving.unshare(self.store, cut)
+            for b in cut:
+                self._crop(b, seen[b], slides)
             self.columns -= max(gone)
 
     def _crop(self, b: int, seen: int, slides: bool) -> None:
@@ -153,6 +154,8 @@ class KvCache(Cache):
         """Undo a draft's changes to the newest queries from position `seen` on; since when they are known, if so."""
         start, stop, saved = self._ring[b] if self._ring else (0, -1, self.store.ring)
         if stop != self.sequences.each[b].seen or seen < start:
+            if seen < start:  # what was kept is of tokens that are gone, however many come in again
+                self._ring[b] = (0, -1, saved)
             return None
         lost = torch.arange(seen, start + saved.shape[2], device=self.store.device)
         self.store.ring[:, b, :, lost % self.plan.ring] = saved[:, :, lost - start]
@@ -161,7 +164,10 @@ class KvCache(Cache):
     def select(self, sequences: Sequence[int] | Tensor) -> None:
         """Sequence i becomes what `sequences[i]` was. Any order; repeats make several continuations of one prefix, and
         what is not named is released. On pages repeats share them, in extents they are copied."""
-        chosen = [int(b) for b in (sequences.tolist() if isinstance(sequences, Tensor) else sequences)]
+        listed = sequences.tolist() if isinstance(sequences, Tensor) else list(sequences)
+        if any(isinstance(b, bool) for b in listed):
+            raise KvCompileError("select takes numbers of sequences; a mask is for batch_select_indices")
+        chosen = [int(b) for b in listed]
         wrong = [b for b in chosen if not 0 <= b < self.batch]
         if wrong or not chosen:
             named = f"sequence {wrong[0]}" if wrong else "no sequence at all"
@@ -223,7 +229,8 @@ class KvCache(Cache):
             fresh = self._like(self.batch)
             self.store.become(fresh.store)
             self.run.start()
-            self.sequences, self.columns, self.loose, self._ring = fresh.sequences, 0, False, []
+            self.sequences, self.columns, self.loose = fresh.sequences, 0, False
+            self._drafted, self._ring = False, []
             self.guard.fault = ""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -92,7 +92,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: one anchor operator a site. Returns [batch, n, q_heads, head_dim].
 
-    A layer on another device than the cache has its attention carried out where the cache is.
+    A layer on another device than the cache has its attention carried out where the cache is. What autocast brings in
+    another dtype than the cache's is cast.
     """
     if kvc is None and isinstance(kwargs.get("position_ids"), (Anchor, Closed)):
         kvc = kwargs["position_ids"]
@@ -107,10 +108,10 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kvc.variant is not None:
         _check_variant(module, kvc.variant, scale, query, key, value, kwargs)
-    home = kvc.store[1].device
-    if query.device == home:
+    home, dtype = kvc.store[1].device, kvc.store[1].dtype
+    if query.device == home and query.dtype == key.dtype == value.dtype == dtype:
         return torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site), None
-    moved = (t.to(home) for t in (query, key, value))
+    moved = (t.to(home, dtype) for t in (query, key, value))
     return torch.ops.kvc.anchor_v1(*moved, kvc.store, scale, kvc.phase, kvc.site).to(query.device), None
 
 

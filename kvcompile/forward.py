@@ -25,7 +25,7 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.span import waits
 from kvcompile.limits import CacheFull, Limit
-from kvcompile.multimodal import Inputs, is_multimodal, with_images
+from kvcompile.multimodal import Inputs, with_images
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
 from kvcompile.passes.facts import text_config
 from kvcompile.refusals import (
@@ -81,6 +81,7 @@ class OptimizedForward:
         self.model = model
         self.closed = False
         self.traffic = Traffic()
+        self._configs: tuple[Any, Any] = None, None  # the model's, and that of the language model in it
         functools.update_wrapper(self, self.original)
 
     def __call__(
@@ -101,7 +102,8 @@ class OptimizedForward:
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
                 logits_to_keep=logits_to_keep, **kwargs,
             )  # fmt: skip
-        refuse_unsupported(self.model, kwargs)
+        config = self._text_config()
+        refuse_unsupported(self.model, config, kwargs)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise KvCompileError("give exactly one of input_ids and inputs_embeds")
@@ -112,7 +114,7 @@ class OptimizedForward:
             cache = self._cache(past_key_values, tokens)
             columns = columns_of(tokens, attention_mask)
             embedded = input_ids is None
-            if is_multimodal(self.model):
+            if config is not self.model.config:
                 with self.traffic.forwards:
                     tokens, embedded, kwargs = with_images(self.model, self.original, Inputs(tokens, embedded, kwargs))
             check_positions(cache, columns, position_ids)
@@ -123,10 +125,16 @@ class OptimizedForward:
                 output = self._extended(tokens, columns, cache, logits_to_keep, kwargs, embedded)
             output.past_key_values = cache if use_cache is not False else None
             if labels is not None:
-                size = text_config(self.model.config).vocab_size
-                loss = self.model.loss_function(output.logits, labels, size, **kwargs)
+                loss = self.model.loss_function(output.logits, labels, config.vocab_size, **kwargs)
                 output = type(output)(loss=loss, **{key: value for key, value in output.items() if key != "loss"})
         return output.to_tuple() if as_tuple else output
+
+    def _text_config(self) -> Any:
+        """The language model's configuration; transformers takes as long to find it as a small layer takes to run."""
+        config, found = self._configs
+        if config is not self.model.config:
+            self._configs = config, found = self.model.config, text_config(self.model.config)
+        return found
 
     def _extended(
         self, tokens: Tensor, columns: Columns, cache: KvCache, keep: int | Tensor, kwargs: dict[str, Any], embeds: bool
@@ -234,6 +242,7 @@ class OptimizedForward:
         whole = isinstance(keep, int) and not 0 < keep <= width
         first = None
         if prompt:
+            reserve_prefill(cache, [cut.pieces for cut in cuts_of(before, self.engine.plan)], draft=width)
             early = keep - width if whole and keep else 0
             first = self._prefill(tokens[:, :prompt], before, cache, early if whole else 1, kwargs, name)
         rest = [[c - prompt for c in cols if c >= prompt] for cols in columns]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # The stores of a model's live caches, whatever it was optimised for when they were made.
 _STORES: WeakKeyDictionary[nn.Module, WeakSet[Store]] = WeakKeyDictionary()
+_CHANGES = threading.RLock()  # a set of stores that one thread goes through must not change in another
 
 
 class CacheFull(KvCompileError):
@@ -52,7 +54,9 @@ class Limit:
     def watch(self, store: Store) -> None:
         """A store counts from now on, and asks here before it grows."""
         store.limit = self
-        self.stores.add(store)
+        if store not in self.stores:
+            with _CHANGES:
+                self.stores.add(store)
 
     def has_room(self, store: Store, total: int) -> bool:
         """Whether a store may stand at so many bytes, beside what the model's other caches hold."""
@@ -63,7 +67,9 @@ class Limit:
 
     def others(self, store: Store) -> int:
         """Bytes that the model's other live caches have allocated."""
-        return sum(other.bytes_allocated() for other in self.stores if other is not store)
+        with _CHANGES:
+            live = list(self.stores)
+        return sum(other.bytes_allocated() for other in live if other is not store)
 
     def admit(self, store: Store, total: int) -> None:
         """CacheFull unless a store may stand at so many bytes while the next tokens come in."""

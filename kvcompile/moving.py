@@ -25,11 +25,12 @@ def select(store: Store, sequences: Sequence[int]) -> None:
     """In place: sequence i becomes what `sequences[i]` was; repeats and other orders allowed, the rest is released."""
     if list(sequences) == list(range(store.batch)):
         return
-    if isinstance(store, PagedStore):
-        _select_pages(store, sequences)
-    else:
-        assert isinstance(store, ExtentStore)
-        _select_extents(store, sequences)
+    with store.claimed(max(0, len(sequences) - store.batch)):
+        if isinstance(store, PagedStore):
+            _select_pages(store, sequences)
+        else:
+            assert isinstance(store, ExtentStore)
+            _select_extents(store, sequences)
     index = torch.tensor(sequences, device=store.device)
     for name, dim in _BESIDE:
         old = getattr(store, name)
@@ -60,13 +61,20 @@ def join(store: Store, parts: Sequence[Store]) -> None:
         _join_extents(store, [s for s in parts if isinstance(s, ExtentStore)])
 
 
-def cut(store: Store, sequence: int, seen: int, slides: bool = False) -> None:
-    """In place: entries at position `seen` and later go; with `slides` also what a query at `seen` is too far from."""
-    kv_heads = store.plan.facts.kv_heads
+def unshare(store: Store, sequences: Sequence[int]) -> None:
+    """Rows of these sequences share no page any more. CacheFull, and nothing has changed, without room for copies."""
     if isinstance(store, PagedStore):
-        rows = torch.zeros(store.plan.facts.layers, store.batch, kv_heads, dtype=torch.bool)
-        rows[:, sequence] = True
+        rows = torch.zeros(store.plan.facts.layers, store.batch, store.plan.facts.kv_heads, dtype=torch.bool)
+        rows[:, list(sequences)] = True
         store.own(rows.flatten())
+
+
+def cut(store: Store, sequence: int, seen: int, slides: bool = False) -> None:
+    """In place: entries at position `seen` and later go; with `slides` also what a query at `seen` is too far from.
+
+    Call `unshare` before the first cut.
+    """
+    kv_heads = store.plan.facts.kv_heads
     for layer in range(store.plan.facts.layers):
         site = store.site(layer)
         start = site.base(kv_heads) + sequence * kv_heads

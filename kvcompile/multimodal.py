@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kvcompile.kernels.errors import KvCompileError
-from kvcompile.passes.facts import text_config
 from kvcompile.passes.sites import decoder_of
 
 KINDS = ("token_type_ids", "mm_token_type_ids")  # which tokens are images; all zero: none
@@ -35,10 +34,6 @@ class _Reached(Exception):
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
-
-
-def is_multimodal(model: Any) -> bool:
-    return text_config(model.config) is not model.config
 
 
 def beside(kwargs: dict[str, Any]) -> list[str]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from kvcompile.api import Optimized, _backend, optimized, restore
+from kvcompile.api import Optimized, optimized, restore
+from kvcompile.backends import backend_for
+from kvcompile.building import Request
 from kvcompile.cache import KvCache
 from kvcompile.compiled import no_copies
 from kvcompile.forward import Engine, OptimizedForward
@@ -25,6 +26,7 @@ from kvcompile.kernels import ops
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import ModelFacts
+from kvcompile.limits import Limit
 from kvcompile.passes import Compiled, compile_policy
 from kvcompile.passes.open_anchors import gathered_evictions
 from kvcompile.passes.pipeline import probes_of
@@ -36,32 +38,22 @@ TRIED = (5, 1, 2)  # a prompt, a step, another turn: what a trial feeds, so many
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-def optimize_plain(
-    model: nn.Module,
-    policy: Any,
-    params: dict[str, Any],
-    *,
-    backend: str,
-    compile: str,
-    name: str | None,
-    tables: dict[str, str | Path] | None,
-    positions: str | None,
-) -> nn.Module:
+def optimize_plain(model: nn.Module, request: Request, limit: Limit) -> nn.Module:
     """`optimize` for a plain model; returns the same model.
 
-    positions: the forward's argument that takes positions, int64 [batch, n]; without it such a model cannot go on
-    from a cache, unless it has none. Runs the model on eight token ids, 0 to 7, to find its attentions and to try them.
-    Raises PolicyError for the policy, KvCompileError for the model.
+    `request.positions`: the forward's argument that takes positions, int64 [batch, n]; without it such a model cannot
+    go on from a cache, unless it has none. Runs the model on eight token ids, 0 to 7, to find its attentions and to try
+    them. Raises PolicyError for the policy, KvCompileError for the model.
     """
-    if compile not in ("auto", "eager"):
-        raise KvCompileError(f"compile={compile!r} with a plain PyTorch model: only 'eager' is supported yet")
-    if next(model.parameters(), None) is None:
+    if request.compile not in ("auto", "eager"):
+        raise KvCompileError(f"compile={request.compile!r} with a plain PyTorch model: only 'eager' is supported yet")
+    weight = next(model.parameters(), None)
+    if weight is None:
         raise KvCompileError(f"{type(model).__name__} has no attention that can be rewritten: it has no weights")
-    chosen = _backend(backend, model)
-    restore(model)
-    original = model.forward
-    _check_signature(model, original, positions)
-    plain = PlainModel(model, original, positions, str(policy))
+    chosen = backend_for(request.backend, weight.device)
+    original = _untouched(model)
+    _check_signature(model, original, request.positions)
+    plain = PlainModel(model, original, request.positions, str(request.policy))
     ids = _trial_ids(model)
     with torch.inference_mode(False), torch.no_grad():
         truth = plain.forward(ids, _places(ids)).logits
@@ -71,23 +63,29 @@ def optimize_plain(
             "torch.compile is switched off (TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE), without which no graph of a "
             "plain PyTorch model can be rewritten: unset it"
         )
-    compiled = compile_policy(policy, facts, name=name, tables=tables, **params)
+    compiled = request.compiled(facts)
     plain.graphs.policy = compiled.plan.name
     _refuse_policy(compiled)
     trouble = _try(plain, ids, truth, facts)
     plain.graphs.forget()  # what the trial ran
-    inner = OptimizedForward(plain, _engine(plain, compiled, chosen))
-    forward = PlainForward(model, plain, inner, trouble)
-    request = (
-        policy,
-        {"backend": backend, "compile": compile, "name": name, "tables": tables, "positions": positions, **params},
-    )
+    engine = _engine(plain, compiled, chosen)
+    engine.limit = limit
+    restore(model)
+    forward = PlainForward(model, plain, OptimizedForward(plain, engine), trouble)
     own = vars(model).get("generate")
     # It has what report, inspect and restore ask a forward for.
     state = cast(OptimizedForward, forward)
     model.__dict__["_kvcompile"] = Optimized(compiled, state, (), chosen, [], own, request)
     model.forward = forward
     return model
+
+
+def _untouched(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward without ours. Where someone has wrapped ours, which the wrapper calls, it is closed now."""
+    state: Optimized | None = vars(model).get("_kvcompile")
+    if state is not None and vars(model).get("forward") is state.forward:
+        return cast(Callable[..., Any], state.forward.original)
+    return restore(model).forward
 
 
 class PlainForward:

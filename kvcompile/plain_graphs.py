@@ -117,9 +117,10 @@ class Graph:
             graphs.facts, graphs.scale = facts, calls[0].scale
             graphs.counts = counts_positions(traced, set(mask_only(traced, calls)))
         if (facts, calls[0].scale) != (graphs.facts, graphs.scale):
+            many = traced.tokens if isinstance(traced.tokens, int) else "several"
             raise KvCompileError(
-                f"{owner.name} has other attentions for {traced.tokens} tokens than it had when it was optimised: "
-                f"{facts.layers} of {calls[0].shape}"
+                f"{owner.name} has other attentions for {many} tokens than it had when it was optimised: "
+                f"{facts.layers} of {calls[0].shape} in {facts.dtype}"
             )
         graphs.traces.append(self)
         self.traced, self.calls = traced, calls

@@ -14,7 +14,6 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.multimodal import beside
 from kvcompile.padding import Columns
-from kvcompile.passes.facts import text_config
 
 
 def check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | None) -> None:
@@ -30,7 +29,8 @@ def check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | Non
             raise KvCompileError(
                 f"position_ids of sequence {b} are not {seq.seen} to {seq.seen + len(cols) - 1}, which its tokens are: "
                 "positions of one's own are not supported; generate() with a cache takes the whole conversation so far "
-                f"({cache.columns} columns are in this cache) and at least one new token behind it"
+                f"({cache.columns} columns are in this cache) and at least one new token behind it, with an "
+                "attention_mask of 1 for what it has written, padding behind a finished answer included"
             )
 
 
@@ -66,8 +66,9 @@ def refuse_beside(plan: PolicyPlan, columns: Columns, width: int, kwargs: dict[s
         )
 
 
-def refuse_unsupported(model: Any, kwargs: dict[str, Any]) -> None:
-    found = text_config(model.config)._attn_implementation
+def refuse_unsupported(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
+    """config: the language model's own."""
+    found = config._attn_implementation
     if found != ATTENTION:
         raise KvCompileError(
             f"the attention implementation was changed to {found!r} after optimize: "

@@ -21,26 +21,33 @@ from kvcompile.sequences import Piece, Progress
 from kvcompile.store import PagedStore
 
 
-def reserve_prefill(cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool] = ()) -> None:
+def reserve_prefill(cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool] = (), draft: int = 0) -> None:
     """Make room for a whole prefill before its first piece, so that no pool grows between pieces.
 
-    forwards: what each forward brings to each sequence. stepping: which sequences run a step before all that.
-    CacheFull, and nothing has changed, where the model's limit has no room for it.
+    forwards: what each forward brings to each sequence. stepping: which sequences run a step before all that. draft:
+    columns of candidates that follow in the same call. CacheFull, and nothing has changed, where the model's limit has
+    no room for it.
     """
     store, limit = cache.store, cache.store.limit
-    bounds = _bounds(cache, forwards, stepping)
-    if limit.most is not None and not limit.has_room(store, total := _planned(cache, bounds, forwards)):
-        new = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
+    new = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
+    if isinstance(store, PagedStore) and (len(forwards) > 1 or any(stepping)):
+        # Rows that will decide leave the pages that they share now: later there may be no room for it.
+        decides = [[n > 0 and not cls.keeps_all for n in new] for cls in cache.plan.classes]
+        store.separate(torch.tensor(decides), new, False)
+    bounds = _bounds(cache, forwards, stepping, draft)
+    if limit.most is not None and not limit.has_room(store, total := _planned(cache, bounds, forwards, draft)):
         count = sum(map(bool, new))
         several = f"{count} sequence{'s' * (count > 1)} of up to {max(new)} tokens"
-        limit.refuse(store, total, f"This prefill of {several} needs", _what_fits(cache, new))
+        limit.refuse(store, total, f"This prefill of {several} needs", _what_fits(cache, new, draft))
     for layer, rows in enumerate(bounds):
         store.reserve(layer, rows)
     if isinstance(store, PagedStore):
         store.commit()
 
 
-def _bounds(cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool] = ()) -> list[list[int]]:
+def _bounds(
+    cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool] = (), draft: int = 0
+) -> list[list[int]]:
     """The most that every row may come to hold, [layer][rows]."""
     store = cache.store
     # Heads that compete may win what other processes' heads lose, so theirs are counted, too.
@@ -60,10 +67,12 @@ def _bounds(cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool
             most = most_entries(plan, seq, [layer[b] for layer in lengths], pieces, own)
             for layer, rows in enumerate(most):
                 lengths[layer][b] = rows
-    return [[rows[head] for rows in by_sequence for head in own] for by_sequence in lengths]
+    return [[rows[head] + draft for rows in by_sequence for head in own] for by_sequence in lengths]
 
 
-def _planned(cache: KvCache, bounds: list[list[int]], forwards: list[list[Piece]], batch: int | None = None) -> int:
+def _planned(
+    cache: KvCache, bounds: list[list[int]], forwards: list[list[Piece]], draft: int = 0, batch: int | None = None
+) -> int:
     """Bytes that the cache takes at most while its pools grow to these bounds and the pieces run.
 
     batch: were it a new one for the first `batch` sequences alone.
@@ -72,9 +81,10 @@ def _planned(cache: KvCache, bounds: list[list[int]], forwards: list[list[Piece]
     part = cache.batch if batch is None else batch
     bounds = [rows[: part * plan.facts.kv_heads] for rows in bounds]
     width = max((piece.new + piece.peek for some in forwards for piece in some), default=0)
+    width = max(width, draft)
     fresh = part * width * plan.facts.kv_heads * plan.facts.entry_bytes
     tokens = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
-    places = max(seq.seen + n for seq, n in zip(cache.sequences.each, tokens, strict=True)) + plan.peek
+    places = max(seq.seen + n for seq, n in zip(cache.sequences.each, tokens, strict=True)) + plan.peek + draft
     size = max(256, 1 << places.bit_length())  # of tables that grow by doubling
     grown = plan.picks * part * plan.facts.kv_heads * max(0, size - store.picked.shape[3])
     grown += plan.rotates * 8 * plan.facts.head_dim * max(0, size - store.rope.shape[1])
@@ -91,7 +101,7 @@ def _planned(cache: KvCache, bounds: list[list[int]], forwards: list[list[Piece]
     return max(most, now + fresh)
 
 
-def _what_fits(cache: KvCache, new: list[int]) -> str:
+def _what_fits(cache: KvCache, new: list[int], draft: int) -> str:
     """The longest prompts, and the most of these sequences, for which there is room; each by itself."""
     ways = "make the policy's budget or pieces smaller, or optimise the model again with a larger max_bytes."
     if cache.plan.shard is not None:  # asking would take all processes
@@ -101,7 +111,7 @@ def _what_fits(cache: KvCache, new: list[int]) -> str:
 
     def fits(tokens: list[int], batch: int | None = None) -> bool:
         forwards = [cut.pieces for cut in cuts_of([list(range(n)) for n in tokens], cache.plan)]
-        return _planned(cache, _bounds(cache, forwards), forwards, batch) <= room
+        return _planned(cache, _bounds(cache, forwards, (), draft), forwards, draft, batch) <= room
 
     longest = _most(max(new), lambda most: fits([min(n, most) for n in new]))
     said = f"What would fit: up to {longest} tokens a sequence"

@@ -95,8 +95,9 @@ class Run:
     def take_back(self, b: int, tokens: int, steps: int) -> None:
         """A sequence has lost its newest tokens, of which so many were steps; what they cost stays."""
         self.tokens[b] -= tokens
-        self.decode_tokens -= steps
-        self.prefill_tokens -= tokens - steps
+        # A restored cache, or what was selected, may hold tokens that no forward of this account has brought.
+        self.decode_tokens = max(0, self.decode_tokens - steps)
+        self.prefill_tokens = max(0, self.prefill_tokens - (tokens - steps))
 
     def close(self) -> None:
         """Take down the figures that need the memory, then let it go."""

@@ -109,7 +109,7 @@ class Sequences:
 
         `lengths` int32 [layers, batch, kv_heads] before the forward is asked for only by `full(n)`.
         """
-        out = torch.zeros(len(self.plan.classes), len(pieces), dtype=torch.uint8)
+        out = [[0] * len(pieces) for _ in self.plan.classes]
         held = None if lengths is None else longest(self.plan, lengths, self._rows)
         for c, cls in enumerate(self.plan.classes):
             if cls.keeps_all:
@@ -119,11 +119,11 @@ class Sequences:
                     continue
                 most = 0 if held is None else held[c][b] + piece.new
                 fired = [bit for bit, t in self._bits[c] if self._fires(c, t, b, piece, most)]
-                out[c, b] = sum(set(fired))
+                out[c][b] = sum(set(fired))
                 seq = self.each[b]
                 if set(fired) - {SLIDES} and seq.lost > max(0, seq.seen + piece.new - self._newest[c]):
                     raise KvCompileError(_missing(cls, b, seq, self._newest[c]))
-        return out
+        return torch.tensor(out, dtype=torch.uint8)
 
     def _fires(self, c: int, trigger: Trigger, b: int, piece: Piece, longest: int) -> bool:
         seq = self.each[b]
@@ -158,14 +158,15 @@ class Sequences:
 
     def advance(self, pieces: list[Piece], fires: Tensor) -> None:
         """The forward is done: lengths, steps and what has been judged move on."""
+        fired = fires.tolist()
         for b, (seq, piece) in enumerate(zip(self.each, pieces, strict=True)):
             seq.seen += piece.new
             seq.steps += piece.new * piece.step
             seq.prefilled |= piece.ends
             for c, cls in enumerate(self.plan.classes):
-                decided = bool(fires[c, b] & ~SLIDES)
+                decided = bool(fired[c][b] & ~SLIDES)
                 seq.since[c] = 0 if decided else seq.since.get(c, 0) + piece.new
-                if fires[c, b]:
+                if fired[c][b]:
                     seq.decided = seq.prompt if piece.peek else seq.seen
                 if decided:
                     self._judge(seq, c, cls)

@@ -25,7 +25,7 @@ class Shared:
     @classmethod
     def among(cls, table: Tensor, held: Tensor, pages: int) -> Shared:
         """Of rows with these pages, int32 [rows, width], where `held`, bool of that shape, in a pool of so many."""
-        holders = torch.bincount(table[held].long(), minlength=pages)
+        holders = torch.bincount(table[held].long(), minlength=max(1, pages))  # none where all rows are empty
         twice = held & (holders[table.long()] > 1)
         if not bool(twice.any()):
             return cls.none(len(table))

@@ -7,6 +7,7 @@ one pool of pages for all layers. Both hand out `layout.Site` lists and count th
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -73,6 +74,7 @@ class Store:
         self.reach = torch.tensor([facts.reach(i) for i in range(facts.layers)], dtype=torch.int32, device=device)
         self.sink = torch.zeros(0, facts.q_heads, device=device) if sinks is None else sinks.to(device)
         self.limit = UNLIMITED  # what the caches of the model may take together
+        self._claimed = 0  # bytes beside the pools that are about to be allocated
         self.ahead = 0  # paged: entries that every row has room for beyond its bound, where moving the pool is dear
 
     @property
@@ -84,7 +86,18 @@ class Store:
     @property
     def beside_bytes(self) -> int:
         """What stands beside the pools: newest queries, numbers of rows, choices for later layers, RoPE tables."""
-        return sum(t.untyped_storage().nbytes() for t in (self.ring, self.scalar, self.picked, self.rope))
+        beside = (self.ring, self.scalar, self.picked, self.rope)
+        return sum(t.untyped_storage().nbytes() for t in beside) + self._claimed
+
+    @contextlib.contextmanager
+    def claimed(self, sequences: int) -> Iterator[None]:
+        """What stands beside so many more sequences counts in the block already. CacheFull without room for it."""
+        self._claimed = sequences * sum(t.nbytes for t in (self.ring, self.scalar, self.picked)) // self.batch
+        try:
+            self.limit.admit(self, self.bytes_allocated())
+            yield
+        finally:
+            self._claimed = 0
 
     def cover(self, positions: int) -> None:
         """Let slots for later layers' choices tell positions below this; call before a forward that brings them."""

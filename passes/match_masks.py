@@ -2,12 +2,13 @@
 
 Takes the mask's node; gives the reason why it is not, or None, and the nodes that only masks need. A mask must follow
 from sizes, positions and stored tensors alone; it is carried out at several lengths, among them one beyond the reach
-of every number in its source, and with all of every stored mask, and compared with the triangle.
+of every number that it is made with, and with all of every stored mask, and compared with the triangle.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kvcompile.passes.traced import VIEWS, Traced, called, changes_in_place, con
 
 FARTHEST = 4096  # numbers above this in a mask's source would take too large a triangle to try
 LARGEST = 16384  # side of the largest stored mask that is looked at as a whole
+LISTED = 1024  # elements of the largest stored tensor whose values may be such numbers
 HIDDEN = -1e4  # a float mask that adds this or less to a logit hides the entry
 
 
@@ -33,14 +35,15 @@ def refusal(traced: Traced, mask: fx.Node) -> str | None:
     lengths = _lengths(traced, nodes, stored)
     if isinstance(lengths, str):
         return lengths
-    longest = min((max(traced.values[n].shape, default=0) for n in stored), default=LARGEST)
+    now = int(traced.values[traced.ids].shape[1])
+    longest = min((max(traced.values[n].shape) for n in stored if traced.values[n].numel() > 1), default=LARGEST)
     for n in lengths:
         try:
             found = _carry_out(traced, nodes, mask, n)
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError) as error:
             return f"could not be worked out for {n} tokens: {str(error).splitlines()[0]}"
         if not isinstance(found, Tensor) or found.ndim < 2 or found.shape[-2:] != (n, n):
-            if n > longest:  # the stored mask ends before: so does the model
+            if n > max(longest, now):  # the stored mask ends before: so does the model
                 continue
             return f"is no mask of {n} by {n} for {n} tokens"
         if not _is_triangle(found):
@@ -96,18 +99,28 @@ def _lengths(traced: Traced, nodes: list[fx.Node], stored: list[fx.Node]) -> lis
     now = int(traced.values[traced.ids].shape[1])
     if isinstance(traced.tokens, int):  # this graph runs for no other length
         return [now]
-    near = 0
-    for node in nodes:
-        for number in constants((node.args, node.kwargs)):
-            if number != number or number <= HIDDEN or abs(number) >= 2**31 - 1:
-                continue  # what hides an entry, or an end that is none
-            near = max(near, int(abs(number)))
+    numbers = sorted(_numbers(traced, nodes), reverse=True)
+    near = numbers[0] if numbers else 0
     if near > FARTHEST:
         return f"has the number {near} in it, too large to try whether it is a window"
+    if len(numbers) > 1:  # so many blocks of so many tokens
+        near = max(near, min(FARTHEST, numbers[0] * numbers[1]))
     sides = {side for node in stored for side in traced.values[node].shape if side > 1}
     if max(sides, default=0) > LARGEST:
         return f"is stored for {max(sides)} tokens, too many to look at"
     return sorted({now, now + 1, 2 * near + 2, 2 * now + 33, *sides})
+
+
+def _numbers(traced: Traced, nodes: list[fx.Node]) -> Iterator[int]:
+    """Sizes of the numbers in a mask's source and in the small tensors that are stored for it; each may be a window."""
+    for node in nodes:
+        found = list(constants((node.args, node.kwargs)))
+        value = traced.values.get(node)
+        if isinstance(value, Tensor) and node is not traced.positions and value.numel() <= LISTED:
+            found += value.double().flatten().tolist()
+        for number in found:
+            if number == number and number > HIDDEN and abs(number) < 2**31 - 1:  # else it hides, or is no end
+                yield int(abs(number))
 
 
 def _carry_out(traced: Traced, nodes: list[fx.Node], mask: fx.Node, n: int) -> Any:

@@ -178,6 +178,11 @@ def _call(traced: Traced, node: fx.Node, index: int) -> SdpaCall:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise _refused(node, index, "its scale is computed in the forward: only a constant is supported")
     dtype = str(query.meta["example_value"].dtype).removeprefix("torch.")
+    others = {str(n.meta["example_value"].dtype).removeprefix("torch.") for n in (key, value)}
+    if others != {dtype}:
+        theirs = " and ".join(sorted(others))
+        raise _refused(node, index, f"its queries are {dtype}, its keys and values {theirs}: all must have one dtype, "
+                                    "which under autocast they have not")  # fmt: skip
     if dtype not in DTYPES:
         raise _refused(node, index, f"keys and values in {dtype} are not supported: use {' or '.join(DTYPES)}")
     own = _heads(key, value)

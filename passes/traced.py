@@ -84,7 +84,12 @@ def dims(node: fx.Node) -> tuple[Any, ...]:
     example = node.meta.get("example_value")
     if not isinstance(example, Tensor):
         return ()
-    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in example.shape)
+    return tuple(_size(size) for size in example.shape)
+
+
+def _size(size: int | torch.SymInt) -> Any:
+    expression = size.node.expr if isinstance(size, torch.SymInt) else size
+    return int(expression) if getattr(expression, "is_Integer", False) else expression  # the graph has fixed it
 
 
 def is_number(node: fx.Node) -> bool:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kvcompile
+
 VOCABULARY = 256
 
 
@@ -211,3 +213,21 @@ def small(enter=None, attend=None) -> Small:
     """A `Small` whose embedding or attention is another function of it and its arguments."""
     members = {"enter": enter or Small.enter, "attend": attend or Small.attend}
     return type("Small", (Small,), members)().eval()
+
+
+def places(ids: Tensor) -> Tensor:
+    """Positions of token ids, int64 [batch, n]."""
+    return torch.arange(ids.shape[1]).expand(ids.shape)
+
+
+def logits_of(out: Tensor | tuple[Tensor, None]) -> Tensor:
+    """The logits of what a forward returned."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def fed(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
+    """Logits of the last token of a prompt and of each that follows as a step, [1, n, vocabulary]."""
+    session = kvcompile.session(model)
+    out = [logits_of(session(ids[:, :prompt]))[:, -1:]]
+    out += [logits_of(session(ids[:, i : i + 1])) for i in range(prompt, ids.shape[1])]
+    return torch.cat(out, 1)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kvcompile
-from kvcompile import api
+from kvcompile import backends
 from kvcompile.cli import main
 from kvcompile.kernels import tuning
 from kvcompile.kernels.choose import decode_spec
@@ -418,14 +418,11 @@ def test_without_triton_the_cpu_runs() -> None:
 
 
 def test_on_a_gpu_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Remote:
-        def parameters(self) -> Iterator[Any]:
-            yield type("Weight", (), {"device": torch.device("cuda")})
-
-    assert api._backend("auto", Remote()) == "triton"  # type: ignore[arg-type]
-    monkeypatch.setattr(api, "has_triton", lambda: False)
+    there = torch.device("cuda")
+    assert backends.backend_for("auto", there) == "triton"
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     with pytest.warns(UserWarning, match="backend 'auto' runs the reference, which is slow: Triton is not installed"):
-        assert api._backend("auto", Remote()) == "reference"  # type: ignore[arg-type]
+        assert backends.backend_for("auto", there) == "reference"
 
 
 def test_a_cache_folder_that_cannot_be_used_is_one_line_of_warning(folder: Path, fresh: Path) -> None:

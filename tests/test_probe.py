@@ -125,7 +125,7 @@ def test_a_policy_with_mistakes_or_without_probes_runs_none(monkeypatch: pytest.
     def never(*args: object) -> None:
         raise AssertionError("probed")
 
-    monkeypatch.setattr("kvcompile.api.run_probes", never)
+    monkeypatch.setattr("kvcompile.building.run_probes", never)
     model = random_model()
     kvcompile.optimize(model, "streaming", compile="off")
     with pytest.raises(kvcompile.PolicyError):

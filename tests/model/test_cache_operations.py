@@ -251,3 +251,22 @@ def test_generate_goes_on_after_sequences_of_different_padding_were_selected_or_
     more = model.generate(ids, attention_mask=mask, past_key_values=cache, **request)
     for row, truth in enumerate(alone):
         assert torch.equal(more.sequences[row, -8:], truth)
+
+
+def test_a_mask_is_not_taken_for_numbers_of_sequences():
+    _, cache = call(model_of("streaming"), torch.tensor([tokens(20, seed=b) for b in range(2)]))
+    for mask in (torch.tensor([False, True]), [False, True]):
+        with pytest.raises(kvcompile.KvCompileError, match="batch_select_indices"):
+            cache.select(mask)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cache_whose_rows_are_all_empty_can_be_copied(layout):
+    """Of a prompt of one token this policy keeps nothing."""
+    model = model_of("h2o", layout)
+    _, cache = call(model, torch.tensor([[7]]))
+    assert not int(cache.store.length.sum())
+    twin = cache.clone()
+    twin.select([0, 0])
+    found = step(model, twin, [9, 9])
+    same(found.logits[1:], step(model, cache, [9]).logits, "the copy's step")

@@ -1,10 +1,13 @@
 """Going back: a cropped cache is the cache of the shorter text, or is refused with the reason and left alone."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 import kvcompile
+from kvcompile.drafting import drafting
 from tests.driving import LIBRARY, Sizes, call, drive, kept, one_by_one, padded, same, some_slow
 from tests.models import random_model, tokens
 
@@ -161,3 +164,37 @@ def test_a_model_without_windows_is_cut_at_the_tokens_asked_for():
     _, cache = fed(model, tokens(12, seed=1))
     cache.crop(5)
     assert kept(cache, 2) == ((tuple(range(5)),) * 2,) * 2
+
+
+# -- what has no room ------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_shares_pages_is_cropped_as_a_whole_or_not_at_all():
+    """Room for the copies of one sequence, then of two, at last of all."""
+    model = model_of("keep_all", "pages")
+    limit, seen = model.forward.engine.limit, set()
+    for extra in (200_000, 300_000, 400_000, 600_000):
+        limit.most = None
+        _, cache = call(model, torch.tensor([tokens(40)]))
+        cache.select([0, 0, 0])
+        limit.most = cache.store.bytes_allocated() + extra
+        with contextlib.suppress(kvcompile.CacheFull):
+            cache.crop(-20)
+        lengths = {s.seen for s in cache.sequences.each}
+        assert {len(p) for b in range(3) for p in cache.positions(0, b)} == lengths
+        seen.add(tuple(lengths))
+    assert seen == {(40,), (20,)}
+
+
+def test_queries_kept_for_a_draft_are_not_put_back_once_tokens_before_it_are_gone():
+    """Four tokens as a draft, cut to before it, as many again, cut to inside: what was kept knows an older text."""
+    model = model_of("snapkv", observe=4)
+    _, cache = fed(model, tokens(37, seed=1), *one_by_one(tokens(3, seed=2)))
+    with drafting(model, None):
+        call(model, torch.tensor([tokens(4, seed=3)]), cache)
+    cache.crop(-6)
+    for token in tokens(6, seed=4):
+        call(model, torch.tensor([[token]]), cache)
+    before = cache.store.ring.clone()
+    cache.crop(-3)
+    assert torch.equal(cache.store.ring, before)

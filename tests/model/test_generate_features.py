@@ -180,3 +180,22 @@ def test_prompts_shorter_than_any_window_are_the_untouched_models(name):
 def test_the_page_lists_what_is_tested():
     lines = re.findall(r"^\| `?([^|`]+)`? +\| (works|refused)\b", PAGE.read_text(encoding="utf-8"), re.M)
     assert dict(lines) == dict.fromkeys(WORKS, "works") | dict.fromkeys(REFUSED, "refused")
+
+
+@pytest.mark.parametrize("compile", ["off", "eager"])
+def test_under_autocast_attention_is_exact_and_the_rest_as_the_untouched_model(compile):
+    model, ids = random_model(), torch.tensor([tokens(20)])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        truth = model(ids).logits[:, -4:].float()
+        found = []
+        for backend in ("cpu", "reference"):
+            kvcompile.optimize(model, "keep_all", backend=backend, compile=compile)
+            out = model(ids[:, :17])
+            parts = [out.logits[:, -1:]]
+            for at in range(17, 20):
+                out = model(ids[:, at : at + 1], past_key_values=out.past_key_values)
+                parts.append(out.logits)
+            found.append(torch.cat(parts, 1).float())
+    largest = truth.abs().max()
+    assert (found[0] - truth).abs().max() / largest < 3e-2  # bfloat16 has 8 bits
+    assert (found[0] - found[1]).abs().max() / largest < 1e-2  # rounded alike, but for ties

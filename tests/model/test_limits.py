@@ -174,6 +174,61 @@ def test_a_batch_in_which_some_step_and_some_prefill_is_refused_as_a_whole(paged
     torch.testing.assert_close(there.logits[:, -1], again.logits[:, -1])
 
 
+def limited(policy, paged, **options):
+    model = kvcompile.optimize(random_model(), policy, backend="reference", compile="off", **options)
+    model.forward.engine.paged = paged
+    return model, model.forward.engine.limit
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_repeated_sequences_bring_what_stands_beside_their_pools(paged):
+    """Pools that have room for repeats, since others were released, and newest queries that have not."""
+    model, limit = limited("snapkv", paged, budget=40, observe=32)
+    cache = model(prompt(60, batch=4)).past_key_values
+    cache.select([0])
+    limit.most = cache.store.bytes_allocated()
+    try:
+        cache.select([0, 0, 0])
+    except CacheFull:
+        assert cache.batch == cache.store.batch == 1
+    assert cache.store.bytes_allocated() <= limit.most
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_prompt_and_its_candidates_are_refused_together(paged):
+    model, limit = limited("keep_all", paged)
+    ids = prompt(20).repeat(1, 4)
+    refused = 0
+    for limit.most in range(372_000, 700_000, 12_000):
+        try:
+            generated(model, ids, 3, prompt_lookup_num_tokens=16)
+            break
+        except CacheFull as error:
+            assert not error.cache.guard.fault
+            refused += 1
+    assert refused and limit.most < 690_000
+
+
+def test_sequences_that_step_do_not_leave_those_that_share_pages_without_room():
+    """snapkv decides at the end of the later prompt, and its rows leave the shared pages before that."""
+    model, limit = limited("snapkv", True, budget=90, observe=4)
+    ids = torch.cat([prompt(40), prompt(40)])
+    mask = torch.tensor([[0] * 39 + [1], [1] * 40])
+    refused = 0
+    for extra in range(360_000, 1_000_000, 80_000):
+        limit.most = None
+        cache = model(prompt(64)).past_key_values
+        cache.select([0, 0])
+        limit.most = cache.store.bytes_allocated() + extra
+        try:
+            model(ids, attention_mask=mask, past_key_values=cache)
+            break
+        except CacheFull:
+            assert not cache.guard.fault and [s.seen for s in cache.sequences.each] == [64, 64]
+            refused += 1
+    assert refused and not cache.guard.fault and [s.seen for s in cache.sequences.each] == [65, 104]
+
+
 def test_use_and_the_model_before_it_keep_their_limits():
     model = random_model()
     kvcompile.optimize(model, "keep_all", backend="reference", compile="off", max_bytes=50_000)

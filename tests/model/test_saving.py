@@ -301,3 +301,12 @@ def test_a_cache_that_exceeds_the_models_max_bytes_is_not_restored(saved):
     with pytest.raises(kvcompile.KvCompileError, match="max_bytes"):
         kvcompile.load_cache(small, saved)
     assert call(small, torch.tensor([tokens(6, seed=1)]))
+
+
+def test_tokens_taken_back_that_this_account_never_timed_leave_no_negative_speed(tmp_path):
+    model = ready("keep_all", {})
+    kvcompile.save_cache(model, filled(model), tmp_path / "cache")
+    cache = kvcompile.load_cache(model, tmp_path / "cache")
+    cache.crop(-2)
+    call(model, torch.tensor([[5], [6]]), cache)
+    assert cache.stats()["decode_tokens_per_second"] > 0

@@ -157,6 +157,21 @@ def test_generate_gives_what_the_whole_conversation_gives_without_a_cache():
         text += answer[0]
 
 
+def test_padding_behind_an_answer_that_ended_early_counts_as_tokens():
+    model = ready("keep_all")
+    ids = torch.tensor([tokens(8), tokens(8, seed=3)])
+    end = int(model.generate(ids, max_new_tokens=3, **GREEDY).sequences[0, -1])
+    made = model.generate(ids, max_new_tokens=6, eos_token_id=end, pad_token_id=0, **GREEDY)
+    assert made.sequences[0, -1] == 0 != made.sequences[1, -1]
+    text = torch.cat([made.sequences, torch.tensor([tokens(5, seed=b) for b in (5, 6)])], 1)
+    told = dict(past_key_values=made.past_key_values, max_new_tokens=3, **GREEDY)
+    with pytest.raises(kvcompile.KvCompileError, match="padding behind a finished answer included"):
+        model.generate(text, attention_mask=(text != 0).long(), **told)
+    again = model.generate(text, attention_mask=torch.ones_like(text), **told)
+    alone = model.generate(text[1:], attention_mask=torch.ones_like(text[1:]), max_new_tokens=3, **GREEDY)
+    assert torch.equal(again.sequences[1:], alone.sequences)
+
+
 def test_an_answer_may_go_on_without_a_word_of_the_user():
     """The text as generate() returned it: its last token is what the cache has not seen, so it is a step."""
     model = ready("h2o", heavy="30% of prompt")
