@@ -12,17 +12,34 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.sequences import Piece
 from kvcompile.store import ExtentStore, PagedStore, to_device
+
+_waiting: list[Run] = []  # caches that went where nothing could be counted
+
+
+def _traced() -> bool:
+    """Whether operators mean something else just now: torch traces with stand-ins, or some mode looks on."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._dispatch_tls_local_exclude_set().has(
+        torch._C.DispatchKey.Python
+    )
+
+
+def _let_go() -> None:
+    """Close what waits. Garbage is collected at any time: where torch traces, the next cache that comes sees to it."""
+    while _waiting and not _traced():
+        run = _waiting.pop()
+        run._closed = run._memory()
+        del run.store
 
 
 class Run:
     """Accounts for one cache. After `close` the numbers stay, the memory does not."""
 
     def __init__(self, plan: PolicyPlan, store: ExtentStore | PagedStore, batch: int) -> None:
+        _let_go()
         self.plan, self.store = plan, store
         self.batch = batch
         self.start()
@@ -101,9 +118,8 @@ class Run:
 
     def close(self) -> None:
         """Take down the figures that need the memory, then let it go."""
-        with _disable_current_modes():  # garbage is collected at any time, also while torch traces with stand-ins
-            self._closed = self._memory()
-        del self.store
+        _waiting.append(self)
+        _let_go()
 
     def _memory(self) -> dict[str, object]:
         lengths = self.store.lengths()

@@ -142,6 +142,13 @@ def mixed(
             f"policy {plan.name!r} renumbers positions, so keys differ between the two sets: learn its heads with "
             "`positions original`"
         )
+    has = {
+        "sliding windows": any(plan.facts.windows),
+        "soft-capped logits": plan.facts.softcap,
+        "sinks": plan.facts.sinks,
+    }
+    for what in (name for name, there in has.items() if there):
+        raise KvCompileError(f"the model's attention has {what}, under which heads cannot be learned yet")
     if len(sites) != plan.facts.layers:
         raise KvCompileError(f"{len(sites)} attention layers for a policy that was bound to {plan.facts.layers}")
     if any(isinstance(site.layer.forward, _MixedForward) for site in sites):

@@ -339,7 +339,7 @@ def test_policies_and_models_that_cannot_be() -> None:
         run("streaming")
     with pytest.raises(kvcompile.PolicyError, match="no parameter `windw`"):
         run(windw=3)
-    with pytest.raises(KvCompileError, match="has no attention that can be rewritten"):
+    with pytest.raises(KvCompileError, match="is no Hugging Face model"):
         learn(torch.nn.Linear(2, 2), "prulong", sequences())
     with pytest.raises(KvCompileError, match="token id 255 is outside"):
         learn(small_model(vocab_size=200), "prulong", [Sequence([3, 4, 255])])

@@ -281,8 +281,8 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
              "vocab_size": 32, "intermediate_size": 32}  # fmt: skip
     window = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
     plain = MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
-    with pytest.raises(KvCompileError, match="sliding"):
-        find_sites(window)
+    with pytest.raises(KvCompileError, match="sliding windows"), mixed(window, find_sites(window), learn_plan(window)):
+        pass
     with mixed(plain, find_sites(plain), learn_plan(plain)) as mix:
         assert mix(torch.arange(20)[None], gates(plain)).student.shape == (1, 20, 32)
         with pytest.raises(KvCompileError, match="sliding_window"):

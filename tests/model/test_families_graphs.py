@@ -40,8 +40,6 @@ def test_graphs_of_a_family_hold_for_other_lengths(name, tmp_path):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_p5_graphs_of_a_family_hold_for_ten_lengths_and_256_steps(family, policy, tmp_path):
-    """256 steps after each prompt where the policy evicts in all of them, else after the last one."""
-    steps = (256,) * 10 if policy == "h2o" else (8,) * 9 + (256,)
-    breaks, recompiles, _ = graphs_of(family, policy, tmp_path, steps)
+    breaks, recompiles, _ = graphs_of(family, policy, tmp_path, (256,) * len(LENGTHS))
     assert breaks == 0
     assert recompiles <= 2

@@ -290,7 +290,7 @@ def test_a_policy_that_is_refused_leaves_the_model_with_the_one_that_it_had():
     assert kvcompile.report(model).policy == "streaming"
 
 
-def test_a_cache_that_is_collected_while_a_graph_is_traced_leaves_its_figures():
+def test_a_cache_that_is_collected_while_a_graph_is_traced_leaves_its_figures_and_then_its_memory():
     """Garbage is collected at any time, also under the tracer's stand-ins for tensors."""
     model = plain.small()
     kvcompile.optimize(model, "keep_all", backend="reference")
@@ -299,5 +299,8 @@ def test_a_cache_that_is_collected_while_a_graph_is_traced_leaves_its_figures():
     with FakeTensorMode():
         del session
         gc.collect()
-    assert kvcompile.report(model).lengths == [[10, 10, 10, 10]]
-    assert not hasattr(model.forward.run, "store")
+    run = model.forward.run
+    assert kvcompile.report(model).lengths == [[10, 10, 10, 10]] and hasattr(run, "store")
+    kvcompile.session(model)(ids_of(3) % 64)
+    gc.collect()
+    assert not hasattr(run, "store")
