@@ -20,10 +20,11 @@ class QuerySource:
 
     `forward`: the queries of this forward; `last`: the row's `width` newest; `peek`: the prompt's
     last `width`, run along with each piece; `sample`: of this forward's queries the part `part`, those at positions p
-    where floor(p * part) is more than floor((p - 1) * part); `previous`: the one before the newest.
+    where floor(p * part) is more than floor((p - 1) * part); `previous`: the one before the newest; `own`: in `attend`,
+    the query that reads.
     """
 
-    kind: Literal["forward", "last", "peek", "sample", "previous"]
+    kind: Literal["forward", "last", "peek", "sample", "previous", "own"]
     width: int = 0
     part: Fraction = Fraction(0)
 
@@ -40,11 +41,13 @@ class Expr:
     queries   QuerySource                    0      axes g, q, d: the queries themselves, rotated
     evidence  ("attn" | "logit", QuerySource)  0    axes g, q, i: attention of each query to each entry
     noise     (seed, QuerySource)            0      axes g, q, i: Gumbel noise of seed, layer, head, query and entry
-    learned   key of Program.weights         1..    on insert: a trained score of each entry from its own q, k, v
+    learned   key of Program.weights         1..    on insert: a trained score of each entry from its own q, k, v;
+                                                    in `attend` (axis u): of each unit, from the query and landmarks
     state     name                           0      the entry's own state
     sim       -                              0      of a loser of `merge`: likeness to its nearest survivor
     ema       (row scalar's index, beta)     1      beta * before + (1 - beta) * now of a row's number; at first now
     landmark  (unit, name)                   0      a unit's landmark
+    regroup   (unit, unit)                   1      from units to others: the largest of those that overlap with each
     reduce    (fn, axis)                     1      sum mean max min var std softmax over one axis (softmax keeps it)
     pool      ("max" | "avg", width)         1      centred pooling over the candidates in position order
     unary     neg exp log sqrt abs sigmoid norm   1  elementwise; norm reduces d

@@ -37,10 +37,11 @@ class Site(NamedTuple):
     ring    [batch, q_heads, window, head_dim], the newest queries, at slot position mod window
     clock   int64 [batch, Clock.WIDTH]
     counts  int64 [layers, counts + shares, batch], the policy's counts, then the layer's parts of its shares
-    fires   uint8 [classes, batch], 0: does not decide; bit 0: by a trigger without condition; bit 1 + j: by the
-            class's j-th trigger that has one, where that holds
+    fires   uint8 [classes + rules, batch], 0: does not decide; bit 0: by a trigger without condition; bit 1 + j: by the
+            class's j-th trigger that has one, where that holds; then the same for each rule of `plan.reads`, in order
     scalar  float32 [scalars, rows], numbers that a row keeps between decisions, NaN before the first
-    picked  uint8 [picks, batch, kv_heads, positions], 1 where a layer has chosen a position for later layers
+    picked  int32 [picks, batch, kv_heads, positions], not 0 where a layer has chosen a position for later layers; what
+            query heads choose apart has bit g for head g of the group
     rope    float32 [2, positions, head_dim], cosine and sine of every place; no positions where nothing is rotated
     reach   int32 [layers], the sliding window of every layer: a query at p reads positions > p - reach; 0: all
     sink    float32 [layers, q_heads], one more logit in the softmax's denominator of each query head; [0, q_heads]
