@@ -282,13 +282,17 @@ def _known_call(expr: ast.Call, env: Env) -> bool:
 
 
 def _learned(expr: ast.Call, env: Env) -> str | None:
-    """A score that trained weights give each new entry, from its own token's q, k and v."""
+    """A score that trained weights give each new entry, from its own token's q, k and v; or each unit, from the query
+    that reads and landmarks."""
     shape = f"write {words.SHAPES['learned']}"
     path, *fields = expr.args
     if not isinstance(path, ast.Text):
         return _bad(env, "K109", "`learned` wants the name of a file of weights first", path, shape)
     if not path.value.endswith(".safetensors"):
         return _bad(env, "K109", "trained weights come in a .safetensors file", path, shape)
+    marks = [arg for arg in fields[1:] if isinstance(arg, ast.Name) and env.known.get(arg.id) == "ud"]
+    if marks and len(marks) == len(fields) - 1 and fields[0] == ast.Name("q") and not env.arriving:
+        return ordered("gqu")
     given = [arg.id if isinstance(arg, ast.Name) else "" for arg in fields]
     for name, arg in zip(given, fields, strict=True):
         if name not in ("q", "k", "v") or given.count(name) > 1:

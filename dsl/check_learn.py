@@ -2,7 +2,7 @@
 
 A set can be learned if what a query reads under it follows from positions: training reads a whole sequence at once.
 Only blocks written for the policy itself are checked with it. One that it inherits is checked when it is used, since a
-child may change its parent's sets and never be learned.
+child may change its parent's sets and never be learned. Blocks of trained scores: `learn_gate`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from kvcompile.dsl.check_heads import declare
 from kvcompile.dsl.context import Context
 from kvcompile.dsl.diagnostics import did_you_mean
 from kvcompile.dsl.learn_block import Block, read_block
+from kvcompile.dsl.learn_gate import check_gate_block, trained_scores
 from kvcompile.dsl.resolve import Placed, Resolved
 
 LEARNABLE = {"all": "all", "sink": "sink(n)", "recent": "recent(n)", "stride": "stride(n)", "random": "random(n, seed)"}
@@ -29,7 +30,10 @@ def check_learn(context: Context) -> None:
             message = f"`{learn.heads.id}` has a learn block for `{learn.policy.id}` already"
             context.say("K813", message, learn.heads, "leave one, or write it for a policy that `extends` this one")
         seen.add(learn.heads.id)
-        check_block(context, learn)
+        if learn.heads.id in trained_scores(context.resolved):
+            check_gate_block(context, learn)
+        else:
+            check_block(context, learn)
 
 
 def check_block(context: Context, learn: ast.Learn) -> Block | None:
@@ -38,8 +42,9 @@ def check_block(context: Context, learn: ast.Learn) -> Block | None:
     classes = learned_classes(resolved)
     declared = {head.decl.name: head.decl for head in resolved.heads}
     if name not in declared:
-        hint = did_you_mean(name, declared, "its classes") or declare(name)
-        context.say("K601", f"no head class `{name}` of this policy to learn", learn.heads, hint)
+        known = {*declared, *trained_scores(resolved)}
+        hint = did_you_mean(name, known, "it can learn") or declare(name)
+        context.say("K601", f"no head class and no trained score `{name}` of this policy to learn", learn.heads, hint)
         return None
     if name not in classes:
         context.say("K814", f"`{name}` has no `keep` of its own", learn.heads, f"write `{name}: keep all`")

@@ -160,13 +160,22 @@ CATALOGUE: dict[str, Code] = {
     "K704": Code("error", "not a whole number", "The number must be a positive whole number once bound."),
     "K705": Code("error", "what cannot be combined", "Two clauses ask for things that exclude each other on one head."),
     "K706": Code("error", "model not supported", "The model lacks something that the policy needs."),
-    "K707": Code("error", "pick not filled", "A layer can keep only what an earlier layer, or the same, has picked."),
+    "K707": Code(
+        "error", "pick not filled", "A layer can keep or read only what an earlier layer, or the same, has picked."
+    ),
+    "K708": Code("warning", "unit never full", "No unit of this size is full in a text of this length."),
     # ------------------------------------------------------------ K8: learn blocks
     "K801": Code("error", "learn block incomplete", "A learn block has a gate, a mix and a loss."),
     "K802": Code("error", "learn clause twice", "A learn block has one gate, one mix, one loss and one freeze."),
-    "K803": Code("error", "unknown gate", "Gates are hard_concrete, clamp01 and sparsemax."),
+    "K803": Code(
+        "error",
+        "unknown gate",
+        "Gates of heads are hard_concrete, clamp01, sparsemax; of units block_gate, query_gate.",
+    ),
     "K804": Code("error", "gate option", "The gate knows no such option, or it is not a number of the range it needs."),
-    "K805": Code("error", "gate scope", "There is one gate per KV head, of every layer."),
+    "K805": Code(
+        "error", "gate scope", "There is one gate per KV head, of every layer; of units also one per query head."
+    ),
     "K806": Code("error", "mix", "A mix is z * LEARNED + (1 - z) * OTHER, of two head classes with a `keep` each."),
     "K807": Code(
         "error", "loss", "A loss is a sum of next_token, hidden_mse, lagrange and mean(z), each once, with a factor."
@@ -176,10 +185,15 @@ CATALOGUE: dict[str, Code] = {
     "K810": Code("error", "pressure on exact gates", "The count of `sparsemax` is exact, so nothing can press on it."),
     "K811": Code("error", "nothing to freeze", "Only the weights of the model can be frozen."),
     "K812": Code("error", "weights are learned too", "This version learns gates of a model whose weights are frozen."),
-    "K813": Code("error", "learned twice", "A head class of a policy has one learn block."),
+    "K813": Code("error", "learned twice", "A head class or a trained score of a policy has one learn block."),
     "K814": Code("error", "set cannot be learned", "What a query reads must follow from positions."),
     "K815": Code("error", "which learn block", "Learning needs a learn block of the policy, and to know which one."),
     "K816": Code("warning", "nothing reads the mask", "What is learned is a table, which the class should come from."),
+    "K817": Code(
+        "error",
+        "score cannot be learned",
+        "A trained gate reads q and min, max or mean of k or raw.k of one fixed unit.",
+    ),
     # ------------------------------------------------------------ K9: parsed, not lowered by this version
     "K901": Code("error", "clause not lowered yet", "This version reads the clause but cannot run it."),
     "K902": Code("error", "region not lowered yet", "This version reads the region but cannot run it."),
@@ -189,9 +203,8 @@ CATALOGUE: dict[str, Code] = {
     "K906": Code("error", "state update not lowered yet", "This version reads the update but cannot run it."),
     "K908": Code("error", "loser action not lowered yet", "This version reads the action but cannot run it."),
     "K909": Code("error", "format not lowered yet", "This version reads the format but cannot run it."),
-    "K910": Code("error", "attend not lowered yet", "This version reads the attend set but cannot run it."),
     "K911": Code("error", "positions not lowered yet", "Positions are one thing for the whole policy."),
-    "K912": Code("error", "switched-off layers not lowered yet", "This version runs every attention layer."),
+    "K912": Code("error", "switched-off heads not lowered yet", "Attention is switched off by whole layers."),
     "K913": Code("error", "unit form not lowered yet", "This version runs units of a fixed size only."),
     "K914": Code("error", "share form not lowered yet", "This version reads the share but cannot run it."),
 }

@@ -35,7 +35,8 @@ BINARY = ("+", "-", "*", "/", "max", "min", "<", "<=", ">", ">=", "==", "!=", "a
 PAIRS = ("dot", "cos")
 POOLS = ("max", "avg")
 SCALARS = ("prompt", "now", "chunk", "step", "len")
-SOURCES = ("forward", "last", "peek", "sample", "previous")
+SOURCES = ("forward", "last", "peek", "sample", "previous", "own")
+_UNCOUNTED = ("forward", "sample", "own")
 EVIDENCE = ("attn", "logit")
 # A field inside a unit's landmark is read per unit, so its type gains the axis u.
 FIELDS = {"k": "id", "v": "id", "raw.k": "id", "pos": "i", "age": "i", "count": "i", "next.k": "uid", "next.v": "uid"}
@@ -162,9 +163,9 @@ class FieldOp(ExprOp):
 
 
 class SourcedOp(ExprOp):
-    """An op about queries: `source` says whose, `width` how many (0 for "forward" and "sample"), `part` which part.
+    """An op about queries: `source` says whose, `width` how many (0 where it does not say), `part` which part.
 
-    With u open, entries are those of each unit.
+    "own" is, in `attend`, the query that reads. With u open, entries are those of each unit.
     """
 
     source = prop_def(StringAttr)
@@ -174,14 +175,16 @@ class SourcedOp(ExprOp):
     def check_source(self) -> None:
         kind, width = self.source.data, self.width.value.data
         one_of("query source", kind, SOURCES)
-        if (width == 0) != (kind in ("forward", "sample")) or width < 0:
-            raise VerifyException(f"{width} queries of source '{kind}': 'forward' takes 0, others 1 or more")
+        if (width == 0) != (kind in _UNCOUNTED) or width < 0:
+            uncounted = ", ".join(f"'{name}'" for name in _UNCOUNTED)
+            raise VerifyException(f"{width} queries of source '{kind}': {uncounted} take 0, others 1 or more")
         if (self.part is None) != (kind != "sample") or (self.part is not None and not 0 < rational(self.part) <= 1):
             raise VerifyException("a sample is a part of the queries, above 0 and up to 1; other sources have none")
 
 
 Source = tuple[str, int, Fraction]  # kind, width, part
 FORWARD: Source = ("forward", 0, Fraction(0))
+OWN: Source = ("own", 0, Fraction(0))
 
 
 def source_props(source: Source) -> dict[str, Attribute]:

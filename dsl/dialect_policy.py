@@ -11,12 +11,12 @@ from fractions import Fraction
 
 from xdsl.dialects.builtin import (
     ArrayAttr,
-    DenseArrayBase,
     FlatSymbolRefAttr,
     IntegerAttr,
     StringAttr,
     SymbolNameConstraint,
     SymbolRefAttr,
+    UnitAttr,
     i64,
 )
 from xdsl.ir import Attribute, Block, Dialect, Region, SSAValue
@@ -40,7 +40,8 @@ from kvcompile.dsl import dialect_sources as sources
 from kvcompile.dsl.dialect import INT, ExprType, axes_of, one_of, rational
 from kvcompile.dsl.dialect_counts import BytesOp, PartOp, ShareOp, ShareType
 from kvcompile.dsl.dialect_losers import LoserOp, LoserType
-from kvcompile.dsl.dialect_sets import KeepOp, PickOp, RegionOp, SetType, TopOp, TriggerAttr, UnionOp
+from kvcompile.dsl.dialect_reads import NamesLayers, OffOp, ReadersOp, layers_attr
+from kvcompile.dsl.dialect_sets import AttendOp, KeepOp, PickOp, RegionOp, SetType, TopOp, TriggerAttr, UnionOp
 
 PROBES = ("induction", "echo")
 
@@ -101,28 +102,56 @@ class UpdateOp(IRDLOperation):
 
 @irdl_op_definition
 class UnitOp(IRDLOperation):
-    """Units of a fixed size: `kv.unit "lot" size 1024 from 16 with ["klo"] %0 : !kv.expr<"ud">`."""
+    """Units of a fixed size: `kv.unit "lot" size 1024 from 16 with ["klo"] %0 : !kv.expr<"ud">`.
+
+    They overlap where one begins every `stride` positions; without it, every `size`.
+    """
 
     name = "kv.unit"
     label = prop_def(StringAttr)
     size = prop_def(INT)
+    stride = opt_prop_def(INT)
     offset = prop_def(INT)
     names = prop_def(ArrayAttr[StringAttr])
     landmarks = var_operand_def(ExprType)
-    assembly_format = "$label `size` $size `from` $offset `with` $names ($landmarks^ `:` type($landmarks))? attr-dict"
+    assembly_format = (
+        "$label `size` $size (`stride` $stride^)? `from` $offset `with` $names ($landmarks^ `:` type($landmarks))? "
+        "attr-dict"
+    )
 
-    def __init__(self, label: str, size: int, offset: int, landmarks: Sequence[tuple[str, SSAValue]]) -> None:
+    def __init__(
+        self,
+        label: str,
+        size: int,
+        offset: int,
+        landmarks: Sequence[tuple[str, SSAValue]],
+        stride: int | None = None,
+    ) -> None:
         properties: dict[str, Attribute] = {
             "label": StringAttr(label),
             "size": IntegerAttr(size, i64),
             "offset": IntegerAttr(offset, i64),
             "names": ArrayAttr([StringAttr(name) for name, _ in landmarks]),
         }
+        if stride is not None:
+            properties["stride"] = IntegerAttr(stride, i64)
         super().__init__(operands=[[value for _, value in landmarks]], properties=properties)
+
+    @property
+    def every(self) -> int:
+        """Positions from the begin of a unit to that of the next."""
+        return int((self.size if self.stride is None else self.stride).value.data)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether an entry may be in more than one."""
+        return self.every != self.size.value.data
 
     def verify_(self) -> None:
         if self.size.value.data < 1 or self.offset.value.data < 0:
             raise VerifyException("a unit has a positive size and starts at 0 or later")
+        if not 1 <= self.every <= self.size.value.data:
+            raise VerifyException(f"units begin every 1 to {self.size.value.data} positions, or some are in none")
         if len(self.names) != len(self.landmarks):
             raise VerifyException(f"{len(self.names)} names for {len(self.landmarks)} landmarks")
         for name, value in zip(self.names, self.landmarks, strict=True):
@@ -171,17 +200,15 @@ class HeadsOp(IRDLOperation):
 
 
 @irdl_op_definition
-class ClassOp(IRDLOperation):
+class ClassOp(NamesLayers):
     """A class of rows, as its prefix says: `kv.class @local heads "local" layers array<i64: 2, -1>`.
 
-    `layers` holds pairs of first and last layer, both included, negative ones counted from the end (-1 is the
-    last); empty for `layers rest`. Without heads and layers: every row that no other class takes.
+    Without heads and layers: every row that no other class takes.
     """
 
     name = "kv.class"
     sym_name = prop_def(SymbolNameConstraint())
     heads = opt_prop_def(StringAttr)
-    layers = opt_prop_def(DenseArrayBase.constr(i64))
     traits = traits_def(SymbolOpInterface())
     assembly_format = "$sym_name (`heads` $heads^)? (`layers` $layers^)? attr-dict"
 
@@ -190,33 +217,39 @@ class ClassOp(IRDLOperation):
         if heads is not None:
             properties["heads"] = StringAttr(heads)
         if layers is not None:
-            properties["layers"] = DenseArrayBase.from_list(i64, [end for pair in layers for end in pair])
+            properties["layers"] = layers_attr(layers)
         super().__init__(properties=properties)
-
-    def ranges(self) -> tuple[tuple[int, int], ...] | None:
-        """Pairs of first and last layer, or None where layers are not named."""
-        if self.layers is None:
-            return None
-        ends = tuple(self.layers.iter_values())
-        return tuple(zip(ends[::2], ends[1::2], strict=True))
-
-    def verify_(self) -> None:
-        if self.layers is not None and len(self.layers) % 2:
-            raise VerifyException("layers are pairs of first and last")
 
 
 @irdl_op_definition
 class SiteOp(IRDLOperation):
-    """The class of each KV head of one layer, once bound to a model: `kv.site 3 [@local, @retrieval]`."""
+    """The class of each KV head of one layer, once bound to a model: `kv.site 3 [@local, @retrieval]`.
+
+    `reads [@"reads all", unit]`: the readers of each head, `unit` where it reads all; left out where all do. A layer
+    that is off has no classes.
+    """
 
     name = "kv.site"
     layer = prop_def(INT)
     classes = prop_def(ArrayAttr[FlatSymbolRefAttr])
-    assembly_format = "$layer $classes attr-dict"
+    readers = opt_prop_def(ArrayAttr[FlatSymbolRefAttr | UnitAttr])
+    assembly_format = "$layer $classes (`reads` $readers^)? attr-dict"
 
-    def __init__(self, layer: int, classes: Sequence[str]) -> None:
+    def __init__(self, layer: int, classes: Sequence[str], readers: Sequence[str | None] = ()) -> None:
         refs = ArrayAttr([SymbolRefAttr(name) for name in classes])
-        super().__init__(properties={"layer": IntegerAttr(layer, i64), "classes": refs})
+        properties: dict[str, Attribute] = {"layer": IntegerAttr(layer, i64), "classes": refs}
+        if any(name is not None for name in readers):
+            properties["readers"] = ArrayAttr([UnitAttr() if name is None else SymbolRefAttr(name) for name in readers])
+        super().__init__(properties=properties)
+
+    def reading(self) -> list[str | None]:
+        """The readers of each KV head, None where it reads all."""
+        refs = self.readers if self.readers is not None else ArrayAttr([UnitAttr() for _ in self.classes])
+        return [None if isinstance(ref, UnitAttr) else ref.root_reference.data for ref in refs]
+
+    def verify_(self) -> None:
+        if self.readers is not None and len(self.readers) != len(self.classes):
+            raise VerifyException(f"{len(self.readers)} readers for {len(self.classes)} heads")
 
 
 @irdl_op_definition
@@ -277,8 +310,10 @@ class PolicyOp(IRDLOperation):
     def verify_(self) -> None:
         ops = list(self.body.block.ops)
         classes = [op.sym_name.data for op in ops if isinstance(op, ClassOp)]
-        if len(set(classes)) != len(classes):
-            raise VerifyException(f"a class is there twice: {', '.join(sorted(classes))}")
+        readers = [op.sym_name.data for op in ops if isinstance(op, ReadersOp)]
+        for symbols in (classes, readers):
+            if len(set(symbols)) != len(symbols):
+                raise VerifyException(f"a class is there twice: {', '.join(sorted(symbols))}")
         if sum(isinstance(op, PositionsOp) for op in ops) > 1:
             raise VerifyException("positions are said once")
         states = {op.label.data for op in ops if isinstance(op, StateOp)}
@@ -286,10 +321,16 @@ class PolicyOp(IRDLOperation):
         picks = {op.label.data for op in ops if isinstance(op, PickOp)}
         for op in ops:
             match op:
-                case KeepOp() | PickOp() if op.of.root_reference.data not in classes:
+                case KeepOp() if op.of.root_reference.data not in classes:
+                    raise VerifyException(f"a set of an undeclared class '{op.of.root_reference.data}'")
+                case AttendOp() if op.of.root_reference.data not in readers:
+                    raise VerifyException(f"a set of undeclared readers '{op.of.root_reference.data}'")
+                case PickOp() if op.of.root_reference.data not in (*classes, *readers):
                     raise VerifyException(f"a set of an undeclared class '{op.of.root_reference.data}'")
                 case SiteOp() if missing := {ref.root_reference.data for ref in op.classes} - set(classes):
                     raise VerifyException(f"site of undeclared classes {', '.join(sorted(missing))}")
+                case SiteOp() if lost := {name for name in op.reading() if name is not None} - set(readers):
+                    raise VerifyException(f"site of undeclared readers {', '.join(sorted(lost))}")
                 case kv.ReadOp() if op.state.data not in states:
                     raise VerifyException(f"undeclared state '{op.state.data}'")
                 case UpdateOp() if lost := {name.data for name in op.states} - states:
@@ -298,6 +339,8 @@ class PolicyOp(IRDLOperation):
                     raise VerifyException(f"undeclared pick '{op.pick.data}'")
                 case kv.LandmarkOp():
                     _check_landmark(op, units.get(op.unit.data))
+                case sources.RegroupOp() if unknown := {op.unit.data, op.into.data} - units.keys():
+                    raise VerifyException(f"undeclared unit '{min(unknown)}'")
                 case RegionOp() | TopOp():
                     named = [op.unit, op.whole] if isinstance(op, TopOp) else [op.unit]
                     if unknown := [unit.data for unit in named if unit is not None and unit.data not in units]:
@@ -319,9 +362,9 @@ KV = Dialect(
     [
         *(kv.ConstOp, kv.ScalarOp, kv.FieldOp, kv.EvidenceOp, kv.ReadOp, kv.LandmarkOp, kv.ReduceOp, kv.PoolOp),
         *(kv.UnaryOp, kv.BinaryOp, kv.PairOp, kv.CountOp, BytesOp, ShareOp, PartOp),
-        *(sources.QueriesOp, sources.NoiseOp, sources.LearnedOp, sources.SimOp, sources.EmaOp),
+        *(sources.QueriesOp, sources.NoiseOp, sources.LearnedOp, sources.RegroupOp, sources.SimOp, sources.EmaOp),
         *(RegionOp, TopOp, UnionOp, StateOp, UpdateOp, UnitOp, HeadsOp, ClassOp, SiteOp, LoserOp, KeepOp, PickOp),
-        *(PositionsOp, ScheduleOp, PolicyOp),
+        *(ReadersOp, AttendOp, OffOp, PositionsOp, ScheduleOp, PolicyOp),
     ],
     [kv.ExprType, kv.CountType, ShareType, SetType, LoserType, TriggerAttr],
 )

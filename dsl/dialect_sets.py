@@ -1,4 +1,4 @@
-"""The `kv` dialect, sets: regions, selections, unions, and what a class keeps or picks at its triggers.
+"""The `kv` dialect, sets: regions, selections, unions, and what is kept, picked or read at triggers.
 
 A set has the type `!kv.set`. Guarantees: every region has the number, unit, seed or pick that its kind needs, every
 selection one score per entry, query head or unit, and the number or fraction that its rank needs, every trigger its
@@ -42,7 +42,11 @@ from xdsl.utils.exceptions import VerifyException
 from kvcompile.dsl.dialect import INT, SCALAR, CountType, ExprType, axes_of, one_of, rational
 from kvcompile.dsl.dialect_losers import LoserType
 
-REGIONS = ("all", "sink", "recent", "prompt", "generated", "frozen", "newest", "stride", "random", "picked")
+OF_QUERY = ("own", "pow2", "span")  # what they hold depends on the query that reads
+REGIONS = (
+    *("all", "sink", "recent", "prompt", "generated", "frozen", "newest", "stride", "random", "picked"),
+    *OF_QUERY,
+)
 COUNTED = ("sink", "recent", "stride", "random")
 TRIGGERS = ("prefill.end", "chunk", "step", "every", "filled", "full", "when")
 PHASES = ("chunk", "prefill.end", "step")
@@ -59,7 +63,7 @@ class SetType(ParametrizedAttribute, TypeAttribute):
 
 @irdl_op_definition
 class RegionOp(IRDLOperation):
-    """Entries named by position or history: `kv.region "sink" count %0`, `kv.region "newest" of "lot"`."""
+    """Entries named by position, history or the query: `kv.region "sink" count %0`, `kv.region "newest" of "lot"`."""
 
     name = "kv.region"
     kind = prop_def(StringAttr)
@@ -67,9 +71,12 @@ class RegionOp(IRDLOperation):
     unit = opt_prop_def(StringAttr)
     seed = opt_prop_def(INT)
     pick = opt_prop_def(StringAttr)
+    span = opt_prop_def(StringAttr)
     res = result_def(SetType)
     traits = traits_def(Pure())
-    assembly_format = "$kind (`count` $count^)? (`of` $unit^)? (`seed` $seed^)? (`pick` $pick^)? attr-dict"
+    assembly_format = (
+        "$kind (`count` $count^)? (`of` $unit^)? (`seed` $seed^)? (`pick` $pick^)? (`span` $span^)? attr-dict"
+    )
 
     def __init__(
         self,
@@ -78,14 +85,14 @@ class RegionOp(IRDLOperation):
         unit: str | None = None,
         seed: int | None = None,
         pick: str | None = None,
+        span: str | None = None,
     ) -> None:
         properties: dict[str, Attribute] = {"kind": StringAttr(kind)}
-        if unit is not None:
-            properties["unit"] = StringAttr(unit)
+        for name, text in (("unit", unit), ("pick", pick), ("span", span)):
+            if text is not None:
+                properties[name] = StringAttr(text)
         if seed is not None:
             properties["seed"] = IntegerAttr(seed, i64)
-        if pick is not None:
-            properties["pick"] = StringAttr(pick)
         super().__init__(operands=[count], properties=properties, result_types=[SetType()])
 
     def verify_(self) -> None:
@@ -93,9 +100,10 @@ class RegionOp(IRDLOperation):
         one_of("region", kind, REGIONS)
         facts = (
             ("number of entries", self.count, kind in COUNTED),
-            ("unit", self.unit, kind == "newest"),
+            ("unit", self.unit, kind in ("newest", "own", "pow2")),
             ("seed", self.seed, kind == "random"),
             ("pick", self.pick, kind == "picked"),
+            ("name of a span", self.span, kind == "span"),
         )
         for what, given, needed in facts:
             if (given is not None) != needed:
@@ -185,7 +193,7 @@ class TopOp(IRDLOperation):
     def _verify_amount(self) -> None:
         rank = self.rank.data
         if rank == "where":
-            plain = self.scope.data == "head" and self.layers is None and self.unit is None and self.whole is None
+            plain = self.scope.data == "head" and self.layers is None and self.unit is None
             if self.count is not None or self.fraction is not None or not plain:
                 raise VerifyException("a condition takes all that it holds for, each head alone")
         elif (self.count is None) == (self.fraction is None) or (rank == "cover" and self.fraction is None):
@@ -291,6 +299,10 @@ class KeepOp(IRDLOperation):
 
     def verify_(self) -> None:
         _verify_decision(self)
+        union = self.set.owner
+        for term in union.terms if isinstance(union, UnionOp) else ():
+            if isinstance(term.owner, RegionOp) and term.owner.kind.data in OF_QUERY:
+                raise VerifyException(f"{term.owner.kind.data} is about the query that reads, and nobody reads here")
         for bound in (self.prefill, self.decode):
             if bound is not None:
                 one_of("bound", bound.data, ("bounded", "grows"))
@@ -324,14 +336,44 @@ class PickOp(IRDLOperation):
         _verify_decision(self)
 
 
+@irdl_op_definition
+class AttendOp(IRDLOperation):
+    """What queries of some rows read, from a forward at which a trigger fires: `kv.attend %3 for @"reads all" at [...]`.
+
+    No trigger: every forward. `phases`: added by `schedule`, those in which the set may be computed.
+    """
+
+    name = "kv.attend"
+    set = operand_def(base(SetType))
+    conds = var_operand_def(SCALAR)
+    of = prop_def(FlatSymbolRefAttrConstr)
+    triggers = prop_def(ArrayAttr[TriggerAttr])
+    phases = opt_prop_def(ArrayAttr[StringAttr])
+    assembly_format = "$set `for` $of `at` $triggers (`if` $conds^)? (`phases` $phases^)? attr-dict"
+
+    def __init__(
+        self, of: str, value: SSAValue, triggers: Sequence[TriggerAttr], conds: Sequence[SSAValue] = ()
+    ) -> None:
+        super().__init__(
+            operands=[value, list(conds)],
+            properties={"of": SymbolRefAttr(of), "triggers": ArrayAttr(list(triggers))},
+        )
+
+    def verify_(self) -> None:
+        _verify_decision(self)
+        if unfit := {t.kind.data for t in self.triggers} & {"filled", "full"}:
+            raise VerifyException(f"{min(unfit)} is about what is kept")
+
+
 Decision = KeepOp | PickOp
+AnySet = KeepOp | PickOp | AttendOp
 
 
-def _verify_decision(op: Decision) -> None:
+def _verify_decision(op: AnySet) -> None:
     used = {t.cond.value.data for t in op.triggers if t.cond.value.data >= 0}
     if used != set(range(len(op.conds))):
         raise VerifyException(f"triggers name {len(used)} conditions of {len(op.conds)}")
-    if op.order is not None:
+    if not isinstance(op, AttendOp) and op.order is not None:
         one_of("order", op.order.data, ("any", "position"))
     for phase in op.phases or ():
         one_of("phase", phase.data, PHASES)

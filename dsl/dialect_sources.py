@@ -1,4 +1,4 @@
-"""The `kv` dialect, further expressions: queries, noise, trained scores, and what losers of a merge read.
+"""The `kv` dialect, further expressions: queries, noise, trained scores, units as others, what losers of a merge read.
 
 Each gives a `!kv.expr` like the ops of `dialect`. Guarantees: every op verifies the axes that it opens and closes.
 """
@@ -68,7 +68,10 @@ class NoiseOp(SourcedOp):
 
 @irdl_op_definition
 class LearnedOp(ExprOp):
-    """A trained score of an entry from its own token's vectors: `kv.learned "cis" from "f.safetensors" %0, %1`."""
+    """A trained score of an entry from its own token's vectors: `kv.learned "cis" from "f.safetensors" %0, %1`.
+
+    Where it reads landmarks: of each unit and query head, from the query that reads.
+    """
 
     name = "kv.learned"
     label = prop_def(StringAttr)
@@ -82,13 +85,45 @@ class LearnedOp(ExprOp):
         super().__init__(
             operands=[list(args)],
             properties={"label": StringAttr(label), "file": StringAttr(file)},
-            result_types=[ExprType("i")],
+            result_types=[ExprType(_trained_axes(args))],
         )
 
     def expected_axes(self) -> str:
         if not self.args or any("d" not in axes_of(arg) for arg in self.args):
             raise VerifyException("a trained score reads vectors, one at least")
-        return "i"
+        return _trained_axes(self.args)
+
+
+def _trained_axes(args: Sequence[SSAValue]) -> str:
+    return "gu" if any("u" in axes_of(arg) for arg in args) else "i"
+
+
+@irdl_op_definition
+class RegroupOp(ExprOp):
+    """Scores of units as those of others, the largest of the full ones that overlap with each.
+
+    `kv.regroup "kernel" "block" %0 : !kv.expr<"gu">`
+    """
+
+    name = "kv.regroup"
+    unit = prop_def(StringAttr)
+    into = prop_def(StringAttr)
+    arg = operand_def(ExprType)
+    res = result_def(ExprType)
+    traits = traits_def(Pure())
+    assembly_format = "$unit $into $arg attr-dict `:` type($arg) `->` type($res)"
+
+    def __init__(self, unit: str, into: str, arg: SSAValue) -> None:
+        super().__init__(
+            operands=[arg],
+            properties={"unit": StringAttr(unit), "into": StringAttr(into)},
+            result_types=[ExprType(axes_of(arg))],
+        )
+
+    def expected_axes(self) -> str:
+        if "u" not in axes_of(self.arg):
+            raise VerifyException(f"no axis 'u' in '{axes_of(self.arg)}'")
+        return axes_of(self.arg)
 
 
 @irdl_op_definition

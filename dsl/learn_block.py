@@ -18,7 +18,7 @@ Say = Callable[[str, str, ast.Node, str], None]
 Values = tuple[tuple[str, Fraction], ...]
 
 _LARGEST = 10**18
-_PARTS = {ast.Gate: "gate", ast.Mix: "mix", ast.Loss: "loss", ast.Freeze: "freeze"}
+PARTS = {ast.Gate: "gate", ast.Mix: "mix", ast.Loss: "loss", ast.Freeze: "freeze"}
 # What options of gates are when unsaid. Those of hard_concrete are of arXiv:1712.01312, its start is PruLong's.
 _DEFAULTS: dict[str, dict[str, Fraction]] = {
     "hard_concrete": {
@@ -56,7 +56,7 @@ def read_block(learn: ast.Learn, classes: Collection[str], params: Collection[st
     """The block's values, or None after saying why not. classes: those with a `keep`; params: the policy's."""
     parts: dict[str, ast.LearnClause] = {}
     for clause in learn.clauses:
-        part = _PARTS[type(clause)]
+        part = PARTS[type(clause)]
         if part in parts:
             say("K802", f"the learn block has a second `{part}`", clause, "leave one of them")
         parts.setdefault(part, clause)
@@ -66,10 +66,10 @@ def read_block(learn: ast.Learn, classes: Collection[str], params: Collection[st
         wrong.append(code)
         say(code, message, node, hint)
 
-    gate, mix, loss, freeze = (parts.get(part) for part in _PARTS.values())
+    gate, mix, loss, freeze = (parts.get(part) for part in PARTS.values())
     _missing(learn, classes, parts, report)
-    _freeze(learn, freeze, report)
-    if not isinstance(gate, ast.Gate) or not _named(gate, classes, params, report):
+    frozen(learn, freeze, report)
+    if not isinstance(gate, ast.Gate) or not named(gate, classes, params, report):
         return None
     options = _gate(gate, report)
     others = _mix(mix, gate.name, learn.heads.id, classes, report) if isinstance(mix, ast.Mix) else None
@@ -99,7 +99,8 @@ def _missing(learn: ast.Learn, classes: Collection[str], parts: Collection[str],
     say("K801", f"the learn block has no {listed}", learn, f"add `{shapes[missing[0]]}`")
 
 
-def _freeze(learn: ast.Learn, freeze: ast.Node | None, say: Say) -> None:
+def frozen(learn: ast.Learn, freeze: ast.Node | None, say: Say) -> None:
+    """Say what is wrong with `freeze weights`, or that it is missing."""
     if not isinstance(freeze, ast.Freeze):
         say("K812", "weights are learned too: not supported yet", learn, "write `freeze weights`")
         return
@@ -108,7 +109,7 @@ def _freeze(learn: ast.Learn, freeze: ast.Node | None, say: Say) -> None:
         say("K811", f"`{other}` cannot be frozen", freeze, did_you_mean(other, ["weights"]) or "write `freeze weights`")
 
 
-def _named(gate: ast.Gate, classes: Collection[str], params: Collection[str], say: Say) -> bool:
+def named(gate: ast.Gate, classes: Collection[str], params: Collection[str], say: Say) -> bool:
     """Whether the gate's name can be told from other words of the block."""
     if gate.name in words.RESERVED or gate.name in (*words.LOSSES, "answer_tokens"):
         say("K105", f"`{gate.name}` is a word of the language", gate, f"call the gate `{gate.name}_`, or `z`")

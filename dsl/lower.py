@@ -19,10 +19,12 @@ from kvcompile.dsl import ast
 from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, fail
 from kvcompile.dsl.dialect_policy import PROBES, HeadsOp, PolicyOp, PositionsOp, UnitOp
-from kvcompile.dsl.lower_classes import Classes, class_name
+from kvcompile.dsl.lower_classes import Classes
 from kvcompile.dsl.lower_expr import Builder, Scope
 from kvcompile.dsl.lower_heads import reads_all_heads
 from kvcompile.dsl.lower_numbers import constant, refuse, whole
+from kvcompile.dsl.lower_reads import Reads, lower_off
+from kvcompile.dsl.lower_rows import class_name, read_picks
 from kvcompile.dsl.lower_sets import Names
 from kvcompile.dsl.lower_state import lower_states
 from kvcompile.dsl.module import Places, verify
@@ -59,6 +61,8 @@ class _Lowering:
         self.builder = builder
         self.findings: list[Diagnostic] = []
         self.units: dict[str, dict[str, str]] = {}  # unit -> landmark -> axes
+        self.overlapping: list[str] = []
+        self.read: frozenset[str] = frozenset()  # the picks that `attend` names
         self.states: list[str] = []
         self.over_heads: list[ast.Node] = []  # updates with a reduction over all heads of a layer
 
@@ -72,10 +76,15 @@ class _Lowering:
         self.attempt(self.changes)
         for head in self.resolved.heads:
             self.attempt(partial(self.heads, head.decl))
+        for off in self.resolved.of(ast.Off):
+            self.attempt(partial(lower_off, self.builder, off))
         picks = frozenset(p.clause.name for p in self.resolved.of(ast.Pick) if isinstance(p.clause, ast.Pick))
-        classes = Classes(self.resolved, self.builder, self.scope, Names(frozenset(self.units), picks))
+        names = Names(frozenset(self.units), picks, frozenset(self.overlapping))
+        self.attempt(self.divide)
+        classes = Classes(self.resolved, self.builder, self.scope, names, self.read)
         self.findings += classes.lower()
         self.attempt(partial(classes.refuse_updates, self.over_heads))
+        self.findings += Reads(self.resolved, self.builder, self.scope, names, self.read, classes).lower()
         if self.findings:
             raise PolicyError(*self.findings)
 
@@ -99,6 +108,9 @@ class _Lowering:
 
     # ------------------------------------------------------------ declarations
 
+    def divide(self) -> None:
+        self.read = read_picks(self.resolved)
+
     def positions(self) -> None:
         compact = [p.clause for p in self.resolved.of(ast.Positions) if getattr(p.clause, "mode", "") == "compact"]
         if compact:
@@ -107,13 +119,29 @@ class _Lowering:
     def unit(self, placed: Placed) -> None:
         node = placed.clause
         assert isinstance(node, ast.Unit)
-        if len(node.args) != 1 or node.named or constant(node.args[0]) is None:
+        try:
+            self._unit(placed, node)
+        except PolicyError:
+            known = self.units.setdefault(node.name, {})  # so that what names them is not wrong for that
+            for assign in node.landmarks:
+                known.setdefault(assign.name, "ud")
+            raise
+
+    def _unit(self, placed: Placed, node: ast.Unit) -> None:
+        others = [named for named in node.named if named.name != "stride"]
+        if len(node.args) != 1 or others or len(node.named) > 1 or constant(node.args[0]) is None:
             refuse("K913", f"the unit `{node.name}`, which is not of one fixed size,", node.span,
                    "such as `unit page(16)`")  # fmt: skip
         if node.name in self.units:
             raise fail("K106", f"the unit `{node.name}` is declared twice", node.name_span, "name them differently")
         size = whole(node.args[0], 1)
         offset = whole(node.offset, 0) if node.offset is not None else 0
+        stride = whole(node.named[0].value, 1) if node.named else size
+        if stride > size:
+            raise fail("K205", f"units of {size} that begin every {stride} positions leave some out",
+                       node.named[0].span, f"a stride is at most the size, {size}")  # fmt: skip
+        if stride < size:
+            self.overlapping.append(node.name)
         known = self.units[node.name] = {}
         values: list[tuple[str, SSAValue]] = []
         for assign in node.landmarks:
@@ -124,7 +152,7 @@ class _Lowering:
                        "reduce the tokens of the unit, such as `min[i] k`")  # fmt: skip
             known[assign.name] = kv.axes_of(value)
             values.append((assign.name, value))
-        self.builder.add(UnitOp(node.name, size, offset, values), node.span)
+        self.builder.add(UnitOp(node.name, size, offset, values, stride if stride < size else None), node.span)
 
     def changes(self) -> None:
         for node, value in lower_states(self.builder, self.resolved, self.scope):
@@ -187,15 +215,10 @@ def _measured_heads(label: str, source: ast.Call, name: str) -> HeadsOp:
 def _refuse_clause(placed: Placed) -> None:
     clause = placed.clause
     match clause:
-        case ast.Attend():
-            if not (len(clause.set.terms) == 1 and clause.set.terms[0] == ast.Region("all")):
-                refuse("K910", "`attend`", clause.span, "this version reads all that is kept")
         case ast.Store():
             refuse("K909", "`store`", clause.span, "entries keep the model's dtype and device")
         case ast.Positions(mode=mode) if mode not in ("original", "compact") or (mode == "compact" and placed.prefixes):
             refuse("K911", f"`positions {mode}` of some rows", clause.span,
                    "say it for the whole policy, without prefix")  # fmt: skip
-        case ast.Off():
-            refuse("K912", "`off`", clause.span, "leave the clause out: every attention layer runs")
         case _:
             return

@@ -7,68 +7,63 @@ that no clause names keep all; sets whose rows decide together hold the same ent
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from xdsl.ir import Operation, SSAValue
 
 from kvcompile.dsl import ast
 from kvcompile.dsl import dialect as kv
-from kvcompile.dsl.diagnostics import Diagnostic, PolicyError, fail
+from kvcompile.dsl.diagnostics import Diagnostic, PolicyError
 from kvcompile.dsl.dialect_counts import ShareOp
 from kvcompile.dsl.dialect_policy import ClassOp
 from kvcompile.dsl.dialect_sets import KeepOp, PickOp, RegionOp, TopOp, UnionOp
 from kvcompile.dsl.lower_expr import Builder, Scope
-from kvcompile.dsl.lower_heads import below, decides_for_all, parts_heads
+from kvcompile.dsl.lower_heads import below, parts_heads
 from kvcompile.dsl.lower_losers import lower_losers
 from kvcompile.dsl.lower_numbers import refuse
+from kvcompile.dsl.lower_rows import RowsOf, enclosing, layer_ranges, refuse_apart, refuse_pick, row_name
 from kvcompile.dsl.lower_sets import Names, lower_set
 from kvcompile.dsl.lower_triggers import lower_triggers, reads_queries
 from kvcompile.dsl.resolve import Placed, Resolved
 from kvcompile.dsl.source import Span
 
-_LAYER_LIMIT = 100_000  # no model has more layers; keeps integers of the IR small
-
-
-@dataclass(slots=True)
-class _Rows:
-    """What the clauses say about the rows of one class."""
-
-    place: Placed  # the first clause, for prefix and place
-    keeps: list[Placed] = field(default_factory=list)
-    picks: list[Placed] = field(default_factory=list)
-
 
 @dataclass(slots=True)
 class Classes:
-    """One run over the set clauses."""
+    """One run over the set clauses. read: the picks that `attend` names, which are no concern of these."""
 
     resolved: Resolved
     builder: Builder
     scope: Callable[[Placed], Scope]
     names: Names
+    read: frozenset[str] = frozenset()
     apart: bool = False  # some selection lets the heads of a layer keep different entries
 
     def lower(self) -> list[Diagnostic]:
         """Add all classes; returns what is wrong with their clauses."""
         findings: list[Diagnostic] = []
-        keeps, picks = self.resolved.of(ast.Keep), self.resolved.of(ast.Pick)
-        rows: dict[str, _Rows] = {}
+        keeps = self.resolved.of(ast.Keep)
+        picks = [p for p in self.resolved.of(ast.Pick) if getattr(p.clause, "name", "") not in self.read]
+        rows: dict[str, RowsOf] = {}
         for placed in (*keeps, *picks):
             try:
-                rows.setdefault(self._name(placed), _Rows(placed))
-                self._join(rows[self._name(placed)], placed)
+                self._join(rows.setdefault(row_name(placed, keeps), RowsOf(placed)), placed)
             except PolicyError as error:
                 findings += error.diagnostics
         for name, part in rows.items():
-            part.keeps = part.keeps or _enclosing(part.place, keeps)
+            part.sets = part.sets or enclosing(part.place, keeps)
             try:
                 self._rows(name, part)
             except PolicyError as error:
                 findings += error.diagnostics
         named = (*keeps, *picks)
-        if all(item.prefixes for item in named) and not any(item.heads == "rest" for item in named):
-            self._class("rest" if rows else "all", None, None, self.resolved.header.header)
+        if all(item.prefixes for item in named):
+            header = self.resolved.header.header
+            if not any(item.heads == "rest" for item in named):
+                self._class("rest" if rows else "all", None, None, header)
+            elif any(item.heads not in (None, "rest") for item in self.resolved.of(ast.Attend, ast.Pick)):
+                self._class("others", None, None, header)  # heads that only other verbs name are not the rest
         return findings
 
     def refuse_updates(self, over_heads: list[ast.Node]) -> None:
@@ -81,37 +76,25 @@ class Classes:
 
     # ------------------------------------------------------------ clauses to rows
 
-    def _name(self, placed: Placed) -> str:
-        keeps = self.resolved.of(ast.Keep)
-        if placed.prefixes or isinstance(placed.clause, ast.Keep):
-            return class_name(placed, keeps)
-        plain = next((item for item in keeps if not item.prefixes), None)
-        if plain is not None:
-            return class_name(plain, keeps)
-        return "rest" if keeps else "all"
-
-    def _join(self, rows: _Rows, placed: Placed) -> None:
+    def _join(self, rows: RowsOf, placed: Placed) -> None:
         if isinstance(placed.clause, ast.Pick):
-            if any(p.clause.name == placed.clause.name for p in rows.picks if isinstance(p.clause, ast.Pick)):
-                raise fail("K106", f"the pick `{placed.clause.name}` is defined twice for the same rows",
-                           placed.clause.span, "name them differently")  # fmt: skip
-            rows.picks.append(placed)
+            rows.add_pick(placed, placed.clause)
             return
-        if any(set(other.triggers) == set(placed.triggers) for other in rows.keeps):
+        if any(set(other.triggers) == set(placed.triggers) for other in rows.sets):
             refuse("K901", "a second `keep` for the same rows at the same triggers", placed.clause.span,
                    "join the sets by `|`, or give each an `at` of its own")  # fmt: skip
-        rows.keeps.append(placed)
+        rows.sets.append(placed)
 
     # ------------------------------------------------------------ rows to operations
 
-    def _rows(self, name: str, rows: _Rows) -> None:
+    def _rows(self, name: str, rows: RowsOf) -> None:
         findings: list[Diagnostic] = []
         found: list[Callable[[], object]] = []
         terms: list[tuple[Operation, ast.Node]] = []
         uneven: list[ast.Node] = []  # conditions that differ between heads
-        for placed in (*rows.picks, *rows.keeps):
+        for placed in (*rows.picks, *rows.sets):
             try:
-                found.append(self._decision(name, placed, terms, uneven, rows.keeps[-1:] == [placed]))
+                found.append(self._decision(name, placed, terms, uneven, rows.sets[-1:] == [placed]))
             except PolicyError as error:
                 findings += error.diagnostics
         if findings:
@@ -119,11 +102,13 @@ class Classes:
         # What these rows pick themselves is among the terms already, by its own selections.
         own = {placed.clause.name for placed in rows.picks if isinstance(placed.clause, ast.Pick)}
         others = [(term, node) for term, node in terms if not (isinstance(node, ast.Ref) and node.name in own)]
-        self._refuse_apart(others, uneven)
+        ops = list(self.builder.block.ops)
+        self.apart |= bool(uneven) or any(parts_heads(term, ops) for term, _ in others)
+        refuse_apart(others, uneven, ops)
         place = rows.place
-        layers = _layer_ranges(place.layers) if place.layers is not None else None
+        layers = layer_ranges(place.layers) if place.layers is not None else None
         span = (place.prefixes[-1] if place.prefixes else place.clause).span
-        self._class(name, place.heads, layers, span, keeps=bool(rows.keeps))
+        self._class(name, place.heads, layers, span, keeps=bool(rows.sets))
         for add in found:
             add()
 
@@ -146,10 +131,10 @@ class Classes:
         node = placed.clause
         assert isinstance(node, ast.Keep | ast.Pick)
         scope = self.scope(placed)
-        union = self._union(node, scope)
+        union = lower_set(self.builder, node.set, scope, self.names)
         here = [(term.owner, written) for term, written in zip(union.terms, node.set.terms, strict=True)]
         tops = [term for term, _ in here if isinstance(term, TopOp)]
-        triggers, conds = lower_triggers(self.builder, placed.triggers, scope, self.names.units, tops)
+        triggers, conds = lower_triggers(self.builder, placed.triggers, scope, self.names, tops)
         terms += [(term, written) for term, written in here if isinstance(term, Operation)]
         uneven += placed.triggers if reads_queries(conds) else ()
         if isinstance(node, ast.Pick):
@@ -160,44 +145,11 @@ class Classes:
         losers = lower_losers(self.builder, node.losers, scope)
         return partial(self.builder.add, KeepOp(name, union.res, triggers, conds, losers), node.span)
 
-    def _union(self, node: ast.Keep | ast.Pick, scope: Scope) -> UnionOp:
-        try:
-            return lower_set(self.builder, node.set, scope, self.names)
-        except PolicyError as error:
-            if isinstance(node, ast.Pick) and any(finding.code == "K204" for finding in error.diagnostics):
-                refuse("K910", "a pick of each query", node.span, "reduce the queries, as in `sum[q] attn`")
-            raise
-
-    def _refuse_apart(self, terms: list[tuple[Operation, ast.Node]], uneven: list[ast.Node]) -> None:
-        """What reads all heads goes through their rows column by column: nothing may tell these rows apart."""
-        ops = list(self.builder.block.ops)
-        apart = [written for term, written in terms if parts_heads(term, ops)]
-        self.apart |= bool(apart or uneven)
-        if not any(isinstance(term, TopOp) and decides_for_all(term, ops) for term, _ in terms):
-            return
-        if apart:
-            what = "selection" if isinstance(apart[0], ast.Selection) else "term"
-            refuse("K904", f"a {what} in which heads differ, in a set that also decides for all heads at once,",
-                   apart[0].span,
-                   "say `shared heads` at every selection of the set, or at none, without `[h]`")  # fmt: skip
-        if uneven:
-            refuse("K903", "a condition that reads queries, for a set that decides for all heads at once,",
-                   uneven[0].span, "compare len, now, prompt or step, or decide per head")  # fmt: skip
-
-
-def _enclosing(placed: Placed, keeps: tuple[Placed, ...]) -> list[Placed]:
-    """The `keep` clauses that hold for a prefix which has none of its own: those of the nearest prefix around it."""
-    around = [item for item in keeps if set(item.prefixes) <= set(placed.prefixes)]
-    nearest = max((len(item.prefixes) for item in around), default=0)
-    return [item for item in around if len(item.prefixes) == nearest]
-
 
 def _refuse_pick(node: ast.Pick, terms: Sequence[tuple[object, ast.Term]]) -> None:
     """A pick hands on the winners of selections, of one layer at a time."""
+    refuse_pick(node, terms)
     for term, written in terms:
-        if isinstance(term, RegionOp) and term.kind.data != "picked":
-            refuse("K902", f"the region `{written.span.text}` in a pick", written.span,
-                   f"pick by selections, and name the region beside `{node.name}`")  # fmt: skip
         if isinstance(term, TopOp) and (term.layers is not None or _measures(term.count)):
             refuse("K904", "a pick that more than one layer decides", written.span, "let each layer pick for itself")
 
@@ -233,49 +185,3 @@ def _refuse_spanning(node: ast.Keep, terms: Sequence[tuple[object, ast.Term]], l
 def _measures(count: SSAValue | None) -> bool:
     """Whether a count reads a share whose parts follow from the entries."""
     return count is not None and any(isinstance(op, ShareOp) and op.measured for op in below(count))
-
-
-def class_name(placed: Placed, others: tuple[Placed, ...]) -> str:
-    """The class of a `keep`: its prefix in words; `all` without one, or `rest` beside prefixed ones."""
-    words = [f"layers {layers_text(placed.layers)}"] if placed.layers is not None else []
-    words += [placed.heads] if placed.heads is not None else []
-    if words:
-        return " ".join(words)
-    taken = any(item.prefixes for item in others) and not any(item.heads == "rest" for item in others)
-    return "rest" if taken else "all"
-
-
-def layers_text(prefix: ast.LayersPrefix) -> str:
-    items = []
-    for item in prefix.items:
-        if isinstance(item, ast.LayerRest):
-            items.append("rest")
-        elif item.first == item.last:
-            items.append(_index_text(item.first))
-        else:
-            items.append(f"{_index_text(item.first)}..{_index_text(item.last)}")
-    return ", ".join(items)
-
-
-def _index_text(index: ast.LayerIndex) -> str:
-    if not index.from_last:
-        return str(index.number)
-    return f"last-{index.number}" if index.number else "last"
-
-
-def _layer_ranges(prefix: ast.LayersPrefix) -> list[tuple[int, int]]:
-    """Pairs of ends, negative ones counted from the end; empty for `layers rest`."""
-    out: list[tuple[int, int]] = []
-    for item in prefix.items:
-        if isinstance(item, ast.LayerRest):
-            if len(prefix.items) > 1:
-                refuse("K901", "`rest` beside other layers", item.span, "give `layers rest` a clause of its own")
-            return []
-        out.append((_end(item.first), _end(item.last)))
-    return out
-
-
-def _end(index: ast.LayerIndex) -> int:
-    if index.number > _LAYER_LIMIT:
-        raise fail("K701", f"no model has a layer {index.number}", index.span, "count layers from 0")
-    return -1 - index.number if index.from_last else index.number

@@ -27,6 +27,8 @@ def lower_count(builder: Builder, node: ast.Expr, scope: Scope) -> SSAValue:
     if broken is not None:
         raise fail("K205", f"`{node.span.text}` is no whole number of entries", node.span, WHOLE_COUNT)
     named = {part.id for part in node.walk() if isinstance(part, ast.Name)} & scope.shares.keys()
+    if named and scope.reads:
+        refuse("K914", f"a share, `{min(named)}`, of what queries read", node.span, "give `attend` a number")
     parts = {name: _share(builder, scope.shares[name], scope) for name in sorted(named)}
     amount = builder.expr(node, replace(scope, place="count", parts=parts))
     if kv.axes_of(amount):

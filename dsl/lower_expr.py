@@ -19,6 +19,7 @@ from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.diagnostics import fail
 from kvcompile.dsl.dialect_counts import BytesOp, PartOp
 from kvcompile.dsl.dialect_sources import EmaOp, LearnedOp, NoiseOp, QueriesOp, SimOp
+from kvcompile.dsl.lower_heads import below
 from kvcompile.dsl.lower_numbers import constant, part, refuse, whole
 from kvcompile.dsl.module import Places
 from kvcompile.dsl.source import Span
@@ -60,11 +61,15 @@ class Scope:
     place: Place = "score"
     state: str = ""  # whose new value this is, in an update
     decides: bool = False  # inside a condition: what is compared is averaged over a left-over g before, not after
+    reads: bool = False  # inside `attend`: a query that is left open is the one that reads
+    steps: bool = True  # this is computed in steps alone, so that all queries have one position and one length
+    named: str = ""  # the score in whose definition this stands
 
     @property
     def numbers(self) -> frozenset[str]:
         """The run-time numbers that may be read here."""
-        return _NUMBERS[self.place]
+        moving = {"len"} | ({"now"} if self.place == "count" else set())
+        return _NUMBERS[self.place] - (moving if self.reads and not self.steps else set())
 
 
 @dataclass(slots=True)
@@ -88,18 +93,28 @@ class Builder:
         with `group` it stays."""
         value = self.expr(node, scope)
         value = value if group else self.over("g", value, node.span)
+        if scope.reads:
+            value = self._own(value, node)
         axes = kv.axes_of(value)
         if "q" in axes:
             raise fail("K204", "the score leaves the queries open", node.span, "reduce them, such as `sum[q] attn`")
         if scope.per_unit and "i" in axes:
             value = self.over("i", value, node.span)  # a unit's score is the mean of its entries' (rule 18)
             axes = kv.axes_of(value)
-        wanted = ("u",) if scope.per_unit else ("i", "ui")
+        wanted = ("u",) if scope.per_unit else ("i", "ui", *("u" * (scope.reads and scope.decides)))
         if axes.replace("g", "") not in wanted:
             left = axes.replace("i", "") if "i" in axes else ""
             code, what = ("K202", f"leaves `{left}` open") if left else ("K203", "is of no entry")
             raise fail(code, f"the score {what}", node.span, "a score is one value per entry")
         return value
+
+    def _own(self, value: SSAValue, node: ast.Expr) -> SSAValue:
+        """A score of the query at hand: it is one, so its sum over queries is itself."""
+        sources = {op.source.data for op in below(value) if isinstance(op, kv.SourcedOp)}
+        if "own" in sources and len(sources) > 1:
+            refuse("K905", "a score that reads the query at hand and others beside it", node.span,
+                   "score by the one, or by the others, such as `sum[q in last(64)] attn`")  # fmt: skip
+        return self.over("q", value, node.span, "sum")
 
     def over(self, axis: str, value: SSAValue, span: Span, fn: str = "mean") -> SSAValue:
         """The mean over an axis where it is left over."""
@@ -174,7 +189,7 @@ class Builder:
     def _name(self, node: ast.Name, scope: Scope) -> SSAValue:
         name = node.id
         if name in scope.scores:
-            return self.expr(scope.scores[name].value, without(scope, name))
+            return self.expr(scope.scores[name].value, replace(without(scope, name), named=name))
         if name in scope.shares:
             if name not in scope.parts:
                 refuse("K914", f"the share `{name}` outside a count", node.span, f"use it as in `top({name} / 2)`")
@@ -222,6 +237,8 @@ class Builder:
                    "scores may use attn, logit, q, k, v, raw.k, next.k, next.v, pos, age, count")  # fmt: skip
         if name.startswith("next.") and not scope.units:
             raise fail("K110", f"`{name}` is the next unit's, and the policy has no unit", span, "declare a unit")
+        if name.startswith("next.") and scope.reads:
+            refuse("K905", f"`{name}` in what a query reads", span, "score units by their own keys and values")
         if name.startswith("next.") and scope.place in ("attend", "insert", "step"):
             refuse("K906", f"an update that reads `{name}`", span, "read it in the score, or in a landmark")
         return self.add(kv.FieldOp(name, scope.per_unit), span).res
@@ -267,6 +284,8 @@ class Builder:
         return value
 
     def _learned(self, node: ast.Call, file: ast.Text, vectors: list[ast.Expr], scope: Scope) -> SSAValue:
+        if scope.reads and scope.place == "score":
+            return self._gate(node, file, vectors, scope)
         if scope.place != "insert":
             refuse("K906", "a trained score outside `on insert`", node.span,
                    'let a state hold it: state s = learned("f.safetensors", q, k, v)')  # fmt: skip
@@ -280,6 +299,22 @@ class Builder:
             refuse("K906", f"a second trained score of the state `{scope.state}`", node.span,
                    "give each trained score a state of its own, and add them up in a score")  # fmt: skip
         return self.add(LearnedOp(scope.state, file.value, args), node.span).res
+
+    def _gate(self, node: ast.Call, file: ast.Text, vectors: list[ast.Expr], scope: Scope) -> SSAValue:
+        """A trained score of units, by the query that reads and landmarks of one unit."""
+        args = [self.expr(vector, scope) for vector in vectors]
+        query, *marks = [arg.owner for arg in args]
+        units = {op.unit.data for op in marks if isinstance(op, kv.LandmarkOp)}
+        own = isinstance(query, QueriesOp) and query.source.data == "own"
+        if not own or len(units) != 1 or not all(isinstance(op, kv.LandmarkOp) for op in marks):
+            refuse("K905", f"`{node.span.text}` in `attend`", node.span,
+                   'it reads q, then landmarks of one unit: learned("gate.safetensors", q, c)')  # fmt: skip
+        if not scope.named:
+            refuse("K905", "a trained score without a name in `attend`", node.span,
+                   f"name it, so that its file can be given: score s = {node.span.text}")  # fmt: skip
+        if self.trained.setdefault(scope.named, node) != node:
+            refuse("K905", f"a second trained score in `{scope.named}`", node.span, "give each a score of its own")
+        return self.add(LearnedOp(scope.named, file.value, args), node.span).res
 
     def _ema(self, node: ast.Call, arg: ast.Expr, beta: ast.Expr, scope: Scope) -> SSAValue:
         value = self.expr(arg, scope)
@@ -327,6 +362,9 @@ def _source(axis: ast.Axis, scope: Scope) -> kv.Source:
     if scope.place in ("attend", "insert"):
         refuse("K906", f"`{axis.span.text}` in an update", axis.span, "an update sees the query at hand")
     match source:
+        case ast.Call(fn="peek") if scope.reads:
+            refuse("K905", f"`{axis.span.text}` in what a query reads", axis.span,
+                   "ask queries of this forward: `q in last(n)` or `q in sample(5%)`")  # fmt: skip
         case ast.Call(fn="last" | "peek", args=(width,), named=()):
             return source.fn, whole(width, 1), Fraction(0)
         case ast.Call(fn="sample", args=(share,), named=()):

@@ -15,6 +15,7 @@ from kvcompile.dsl.dialect_policy import StateOp, UnitOp, UpdateOp
 from kvcompile.dsl.dialect_sets import PickOp, RegionOp, TopOp, UnionOp
 from kvcompile.dsl.dialect_sources import LearnedOp, NoiseOp, QueriesOp
 
+_Landmarks = dict[tuple[str, str], tuple[SSAValue, ...]]
 _OF_HEADS = (kv.EvidenceOp, QueriesOp, NoiseOp, LearnedOp)
 
 
@@ -41,7 +42,7 @@ def reads_all_heads(value: SSAValue, ops: Iterable[Operation]) -> bool:
                 return True
             if isinstance(op, kv.LandmarkOp) and (key := (op.unit.data, op.landmark.data)) not in seen:
                 seen.add(key)
-                todo.append(landmarks[key])
+                todo += landmarks.get(key, ())
     return False
 
 
@@ -69,7 +70,7 @@ def parts_heads(term: Operation, ops: Iterable[Operation]) -> bool:
     return False
 
 
-def _differs(value: SSAValue, changes: dict[str, list[SSAValue]], landmarks: dict[tuple[str, str], SSAValue]) -> bool:
+def _differs(value: SSAValue, changes: dict[str, list[SSAValue]], landmarks: _Landmarks) -> bool:
     """Whether a value can differ between heads: it comes from keys, values or queries, and no mean over `h`."""
     seen: set[SSAValue] = set()
     todo = [value]
@@ -88,7 +89,7 @@ def _differs(value: SSAValue, changes: dict[str, list[SSAValue]], landmarks: dic
             case kv.ReadOp():
                 todo += changes.get(op.state.data, [])
             case kv.LandmarkOp():
-                todo.append(landmarks[op.unit.data, op.landmark.data])
+                todo += landmarks.get((op.unit.data, op.landmark.data), ())
         todo += op.operands
     return False
 
@@ -106,8 +107,9 @@ def _changes(ops: Iterable[Operation]) -> dict[str, list[SSAValue]]:
     return found
 
 
-def _landmarks(ops: Iterable[Operation]) -> dict[tuple[str, str], SSAValue]:
+def _landmarks(ops: Iterable[Operation]) -> _Landmarks:
+    """What landmarks are made of; nothing of those of a unit that has been refused."""
     units = [op for op in ops if isinstance(op, UnitOp)]
     return {
-        (op.label.data, name.data): value for op in units for name, value in zip(op.names, op.landmarks, strict=True)
+        (op.label.data, name.data): (value,) for op in units for name, value in zip(op.names, op.landmarks, strict=True)
     }

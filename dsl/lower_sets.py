@@ -1,7 +1,7 @@
 """Sets of a policy as kv operations.
 
-Takes the terms of a `keep` or `pick`; gives one SSA value of type `!kv.set`. Guarantees: every region, selection and
-scope that this version cannot run is refused at its span.
+Takes the terms of a `keep`, `attend` or `pick`; gives one SSA value of type `!kv.set`. Guarantees: every region,
+selection and scope that this version cannot run is refused at its span.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from xdsl.ir import SSAValue
 
 from kvcompile.dsl import ast
 from kvcompile.dsl import dialect as kv
+from kvcompile.dsl.axes import unit_of
 from kvcompile.dsl.diagnostics import fail
-from kvcompile.dsl.dialect_sets import COUNTED, RegionOp, TopOp, UnionOp
+from kvcompile.dsl.dialect_sets import COUNTED, OF_QUERY, RegionOp, TopOp, UnionOp
+from kvcompile.dsl.dialect_sources import RegroupOp
 from kvcompile.dsl.lower_counts import lower_count
 from kvcompile.dsl.lower_expr import Builder, Scope
 from kvcompile.dsl.lower_heads import below
@@ -26,10 +28,11 @@ _PLAIN = ("all", "prompt", "generated", "frozen")
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Units and picks that the terms of a set may name."""
+    """Units and picks that the terms of a set may name; of the units, those that overlap."""
 
     units: frozenset[str]
     picks: frozenset[str]
+    overlapping: frozenset[str] = frozenset()
 
 
 def lower_set(builder: Builder, node: ast.SetUnion, scope: Scope, names: Names) -> UnionOp:
@@ -41,20 +44,36 @@ def lower_set(builder: Builder, node: ast.SetUnion, scope: Scope, names: Names) 
 def _term(builder: Builder, term: ast.Term, scope: Scope, names: Names) -> SSAValue:
     match term:
         case ast.Region():
-            return _region(builder, term, scope, names.units)
+            return _region(builder, term, scope, names)
         case ast.Selection():
-            return _Choice(builder, term, scope, names.units).lower()
+            return _Choice(builder, term, scope, names).lower()
         case ast.Ref() if term.name in names.picks:
             return builder.add(RegionOp("picked", pick=term.name), term.span).res
         case ast.Ref():
             return refuse("K902", f"the set `{term.name}`", term.span, f"name it by `pick {term.name} = ...`")
         case ast.Where():
             score = builder.score(term.cond, replace(scope, decides=True))
-            if "u" in kv.axes_of(score):
-                refuse("K913", "a condition about units", term.span, "compare numbers of entries")
             if _observed(score):
                 _refuse_peek(term)
+            if kv.axes_of(score) == "u" and scope.reads:
+                unit = _unit_behind(score, term, names)
+                return builder.add(TopOp("where", score, None, whole=unit), term.span).res
+            if "u" in kv.axes_of(score):
+                refuse("K913", "a condition about units", term.span, "compare numbers of entries")
             return builder.add(TopOp("where", score, None), term.span).res
+
+
+def _unit_behind(score: SSAValue, term: ast.Where, names: Names) -> str:
+    """The unit that a condition is about."""
+    found = _landmark_units(score)
+    if len(found) != 1:
+        refuse("K913", f"a condition about {' and '.join(sorted(found)) or 'no'} units", term.span,
+               "compare landmarks of one unit")  # fmt: skip
+    return unit_name(found.pop(), term, names)
+
+
+def _landmark_units(score: SSAValue) -> set[str]:
+    return {op.unit.data for op in below(score) if isinstance(op, kv.LandmarkOp)}
 
 
 def _refuse_peek(term: ast.Term) -> NoReturn:
@@ -62,12 +81,17 @@ def _refuse_peek(term: ast.Term) -> NoReturn:
            "choose entries by top(n)")  # fmt: skip
 
 
-def _region(builder: Builder, term: ast.Region, scope: Scope, units: frozenset[str]) -> SSAValue:
+def _region(builder: Builder, term: ast.Region, scope: Scope, names: Names) -> SSAValue:
     kind, args = term.kind, term.args
     if kind in _PLAIN and not args and not term.named:
         return builder.add(RegionOp(kind), term.span).res
-    if kind == "newest" and term.unit is not None:
-        return builder.add(RegionOp("newest", unit=unit_name(term.unit, term, units)), term.span).res
+    if kind in OF_QUERY and not scope.reads:
+        refuse("K902", f"the region `{term.span.text or kind}` of the query that reads, where nobody reads,", term.span,
+               "name it in `attend`; here such as `newest UNIT` or `recent(n)`")  # fmt: skip
+    if kind in ("newest", "own", "pow2") and term.unit is not None:
+        return builder.add(RegionOp(kind, unit=unit_name(term.unit, term, names)), term.span).res
+    if kind == "span" and len(args) == 1 and isinstance(args[0], ast.Text) and not term.named:
+        return builder.add(RegionOp("span", span=args[0].value), term.span).res
     if kind in COUNTED and len(args) == (2 if kind == "random" else 1) and not term.named:
         if kind == "stride":
             whole(args[0], 1)
@@ -79,12 +103,17 @@ def _region(builder: Builder, term: ast.Region, scope: Scope, units: frozenset[s
                   "such as sink(n), recent(n), stride(n), random(n, seed), prompt, frozen or newest UNIT")  # fmt: skip
 
 
-def unit_name(name: str, node: ast.Node, units: frozenset[str]) -> str:
-    """The unit that a word names in the singular or plural. PolicyError K110 where there is none."""
-    for singular in (name, name.removesuffix("s"), name.removesuffix("es")):
-        if singular in units:
-            return singular
-    raise fail("K110", f"no unit `{name}`", node.span, f"units here: {', '.join(sorted(units)) or 'none'}")
+def unit_name(name: str, node: ast.Node, names: Names) -> str:
+    """The unit that a word names in the singular or plural. PolicyError K110 where there is none, K913 where an entry
+    may be in several of them."""
+    unit = unit_of(name, names.units)
+    if unit is None:
+        known = ", ".join(sorted(names.units)) or "none"
+        raise fail("K110", f"no unit `{name}`", node.span, f"units here: {known}")
+    if unit in names.overlapping:
+        refuse("K913", f"a choice among units that overlap, such as `{unit}`,", node.span,
+               "choose units of another size by its landmarks: `unit block(64)`, `top(n) blocks by s`")  # fmt: skip
+    return unit
 
 
 @dataclass(slots=True)
@@ -94,7 +123,7 @@ class _Choice:
     builder: Builder
     term: ast.Selection
     scope: Scope
-    units: frozenset[str]
+    names: Names
     competing: str = "head"
     floor: Fraction | None = None
     unit: str | None = None
@@ -103,12 +132,14 @@ class _Choice:
 
     def lower(self) -> SSAValue:
         term, builder = self.term, self.builder
-        whole_unit = unit_name(term.unit, term, self.units) if term.unit is not None else None
+        whole_unit = unit_name(term.unit, term, self.names) if term.unit is not None else None
         for scope in term.scopes:
             self._scope(scope)
         self._refuse_together(whole_unit)
         group = self.competing == "query_head"
         score = builder.score(term.by, replace(self.scope, per_unit=whole_unit is not None), group)
+        if whole_unit is not None or self.unit is not None:
+            score = self._regrouped(score, str(whole_unit or self.unit))
         if group and "g" not in kv.axes_of(score):
             self.competing = "head"  # query heads that score alike choose alike
         if "u" in kv.axes_of(score) and self.unit is None and whole_unit is None:
@@ -121,6 +152,22 @@ class _Choice:
             whole=whole_unit, layers=self.layers, sharing=self.sharing,
         )  # fmt: skip
         return builder.add(op, term.span).res
+
+    def _regrouped(self, score: SSAValue, unit: str) -> SSAValue:
+        """A score of other units as one of these: the largest of those that overlap with each, where queries read."""
+        others = _landmark_units(score) - {unit}
+        if not others:
+            return score
+        other, place = min(others), self.term.by.span
+        if len(_landmark_units(score)) > 1:
+            refuse("K913", f"a score of `{unit}` by landmarks of `{' and '.join(sorted(_landmark_units(score)))}`",
+                   place, "score by the landmarks of one unit")  # fmt: skip
+        entries = (kv.FieldOp, kv.EvidenceOp, kv.ReadOp)
+        by_entry = any(isinstance(op, entries) and "u" in kv.axes_of(op.res) for op in below(score))
+        if not self.scope.reads or self.unit is not None or by_entry:
+            refuse("K913", f"a score of `{unit}` by landmarks of the unit `{other}`", place,
+                   f"give `{unit}` landmarks of its own: `unit {unit}(...) with c = mean[i] k`")  # fmt: skip
+        return self.builder.add(RegroupOp(other, unit, score), place).res
 
     def _amount(self) -> SSAValue | Fraction:
         part = fraction(self.term.amount)
@@ -135,7 +182,7 @@ class _Choice:
             case "per", "query_head":
                 self._compete("query_head", scope)
             case "per", what if what != "layer":
-                self.unit = unit_name(what, scope, self.units)
+                self.unit = unit_name(what, scope, self.names)
             case "shared", "heads" if scope.size is None:
                 self._compete("shared", scope)
             case "across", "heads":
@@ -149,6 +196,9 @@ class _Choice:
             case _:
                 refuse("K904", f"`{scope.span.text}`", scope.span,
                        "per head, query_head or UNIT; shared heads or layers(n); across heads or layers")  # fmt: skip
+        if self.scope.reads and scope.what == "layers":
+            refuse("K904", f"`{scope.span.text}` of what queries read", scope.span,
+                   "let one layer `pick`, and others `attend` its pick")  # fmt: skip
 
     def _compete(self, now: str, scope: ast.Scope) -> None:
         if self.competing not in ("head", now):

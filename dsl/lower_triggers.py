@@ -15,17 +15,17 @@ from kvcompile.dsl.dialect_sources import QueriesOp
 from kvcompile.dsl.lower_expr import Builder, Scope
 from kvcompile.dsl.lower_heads import below
 from kvcompile.dsl.lower_numbers import constant, refuse, whole
-from kvcompile.dsl.lower_sets import unit_name
+from kvcompile.dsl.lower_sets import Names, unit_name
 
 
 def lower_triggers(
-    builder: Builder, triggers: tuple[ast.Trigger, ...], scope: Scope, units: frozenset[str], tops: list[TopOp]
+    builder: Builder, triggers: tuple[ast.Trigger, ...], scope: Scope, names: Names, tops: list[TopOp]
 ) -> tuple[list[TriggerAttr], list[SSAValue]]:
     """The triggers of an `at` that governs a set with these selections, and their conditions."""
     attrs: list[TriggerAttr] = []
     conds: list[SSAValue] = []
     for trigger in triggers:
-        attr = _trigger(trigger, units)
+        attr = _trigger(trigger, names)
         if trigger.cond is not None:
             conds.append(builder.condition(trigger.cond, scope))
             _refuse_uneven(conds[-1], trigger.cond, tops)
@@ -34,7 +34,7 @@ def lower_triggers(
     return list(dict.fromkeys(attrs)), conds
 
 
-def _trigger(node: ast.Trigger, units: frozenset[str]) -> TriggerAttr:
+def _trigger(node: ast.Trigger, names: Names) -> TriggerAttr:
     match node.name, node.args:
         case "when", () if node.cond is not None:
             return TriggerAttr("when", cond=0)
@@ -51,7 +51,7 @@ def _trigger(node: ast.Trigger, units: frozenset[str]) -> TriggerAttr:
                 )
             return TriggerAttr(node.name, whole(n, 1))
         case "filled", (ast.Name() as unit, n) if not node.named:
-            return TriggerAttr("filled", whole(n, 1), unit_name(unit.id, unit, units))
+            return TriggerAttr("filled", whole(n, 1), unit_name(unit.id, unit, names))
     return refuse("K903", f"`{node.span.text}`", node.span, "such as `every(64)`, `filled(128)` or `step`")
 
 

@@ -39,7 +39,7 @@ PAIRS = frozenset({"dot", "cos"})
 FUNCTIONS: dict[str, tuple[int, int]] = (
     dict.fromkeys((*ELEMENTWISE, "norm", "gumbel"), (1, 1))
     | dict.fromkeys((*PAIRS, *POOLS), (2, 2))
-    | {"min": (2, 8), "max": (2, 8), "learned": (2, 4)}
+    | {"min": (2, 8), "max": (2, 8), "learned": (2, 9)}
 )
 # How a call reads, for hints.
 SHAPES: dict[str, str] = (
@@ -131,6 +131,9 @@ GATE_SHAPES: dict[str, str] = {
     "clamp01": "clamp01(init=1)",
     "sparsemax": "sparsemax(keep=30%)",
 }
+# Gates of units that a learn block of a trained score asks for -> their options, and how they read.
+BLOCK_GATES: dict[str, tuple[str, ...]] = {"block_gate": ("width",), "query_gate": ("width",)}
+BLOCK_GATE_SHAPES: dict[str, str] = {"block_gate": "block_gate(width=128)", "query_gate": "query_gate(width=128)"}
 # Terms of its loss, of a gate called z.
 LOSSES: dict[str, str] = {
     "next_token": "next_token",

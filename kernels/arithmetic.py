@@ -121,8 +121,9 @@ def unit_columns(pos: Tensor, resident: Tensor, unit: UnitPlan) -> Tensor:
     rows, _ = pos.shape
     place = pos - unit.offset
     inside = resident & (place >= 0)
-    units = int((place[inside].max() // unit.size + 1).item()) if inside.any() else 1
-    table = torch.full((rows, units * unit.size + 1), -1, dtype=torch.int64, device=pos.device)
+    units = int((place[inside].max() // unit.stride + 1).item()) if inside.any() else 1
+    width = (units - 1) * unit.stride + max(unit.size, unit.stride)
+    table = torch.full((rows, width + 1), -1, dtype=torch.int64, device=pos.device)
     columns = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
-    table.scatter_(1, torch.where(inside, place, units * unit.size), columns)
-    return table[:, :-1].reshape(rows, units, unit.size)
+    table.scatter_(1, torch.where(inside, place, width), columns)
+    return table[:, :-1].unfold(1, unit.size, unit.stride)[:, :units]

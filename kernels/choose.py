@@ -11,42 +11,18 @@ from dataclasses import replace
 from fractions import Fraction
 
 from kvcompile.kernels import defaults, reach
-from kvcompile.kernels.contexts import context
+from kvcompile.kernels.choose_reads import blocks_spec as blocks_spec
+from kvcompile.kernels.choose_reads import marks_spec as marks_spec
+from kvcompile.kernels.choose_reads import spans_spec as spans_spec
+from kvcompile.kernels.choose_reads import units_spec as units_spec
 from kvcompile.kernels.formulas import ties_heads
 from kvcompile.kernels.holes import region_text, spell
 from kvcompile.kernels.plan import STEP_TRIGGERS, ClassPlan, Expr, PolicyPlan, Region, Selection, StatePlan
 from kvcompile.kernels.spec import Hole, KernelSpec, power_of_two
+from kvcompile.kernels.spec_facts import made, pool_facts, shape, variants
 from kvcompile.kernels.stages import Cut, Tile, Unprintable, cut, joined_heads, open_axes, reduction
 
 _PREFILL = ("prefill.end", "chunk", "filled", "full", "when", "slide")
-
-
-def _shape(plan: PolicyPlan) -> dict[str, int | str]:
-    size = plan.facts.head_dim
-    if size % 8:
-        raise Unprintable(f"head_dim {size} is not a multiple of 8, so rows of half precision would not be aligned")
-    if size > 256:
-        raise Unprintable(f"head_dim {size} is above 256: a tile of it would not fit the registers")
-    return {"head_dim": size, "dtype": plan.facts.dtype}
-
-
-def _pool_facts(plan: PolicyPlan) -> dict[str, int | str]:
-    reach.pools(plan)
-    names = " ".join(state.name for state in plan.states)
-    return _shape(plan) | {"page": plan.page, "states": len(plan.states), "state_names": names}
-
-
-def _variants(plan: PolicyPlan) -> dict[str, bool]:
-    """What the model's attention has beyond plain softmax, as facts; what it does not have is absent."""
-    facts = plan.facts
-    asked = {"softcap": bool(facts.softcap), "sinks": facts.sinks, "sliding": any(facts.windows)}
-    return {name: True for name, wanted in asked.items() if wanted}
-
-
-def _made(spec: KernelSpec) -> KernelSpec:
-    """The spec itself, once its formulas are known to print."""
-    context(spec)
-    return spec
 
 
 def _steps(plan: PolicyPlan, cls: ClassPlan) -> bool:
@@ -96,9 +72,9 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
         raise Unprintable("head classes with different scores after a step have no Triton form yet")
     if tiles:
         (holes["score"],) = tiles
-    group, given = plan.facts.group, _variants(plan)
+    group, given = plan.facts.group, variants(plan)
     facts = (
-        _pool_facts(plan)
+        pool_facts(plan)
         | defaults.decode(plan.facts)
         | given
         | {
@@ -108,7 +84,7 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
         }
     )
     tag = "_".join([*(s.name for s in plan.states if s.add is not None), *(["score"] if tiles else []), *sorted(given)])
-    return _made(KernelSpec.of("decode", holes, tag, **facts))
+    return made(KernelSpec.of("decode", holes, tag, **facts))
 
 
 def prefill_spec(plan: PolicyPlan, listed: int = 0) -> KernelSpec:
@@ -117,10 +93,10 @@ def prefill_spec(plan: PolicyPlan, listed: int = 0) -> KernelSpec:
     listed: tokens of a side of the blocks that lists of blocks name, a multiple of 128; 0: no lists.
     """
     reach.reads(plan)
-    given = _variants(plan)
-    facts = _shape(plan) | defaults.prefill(plan.facts) | given | {"group": plan.facts.group, "page": plan.page}
+    given = variants(plan)
+    facts = shape(plan) | defaults.prefill(plan.facts) | given | {"group": plan.facts.group, "page": plan.page}
     facts |= {"listed": listed} if listed else {}
-    return _made(KernelSpec.of("prefill", None, "_".join(sorted(given) + ["listed"] * bool(listed)), **facts))
+    return made(KernelSpec.of("prefill", None, "_".join(sorted(given) + ["listed"] * bool(listed)), **facts))
 
 
 def _state_tile(state: StatePlan, add: Expr) -> Tile:
@@ -194,7 +170,7 @@ def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
         "regions": " | ".join(region_text(plan, region) for region in regions) or "(at < 0)",
         "counts": "\n".join(f"{i} {plan.counts[i].name}" for i in reach.counts_of(cls)),
     }
-    facts = _pool_facts(plan) | defaults.EVICT
+    facts = pool_facts(plan) | defaults.EVICT
     facts |= {"ordered": cls.by_position, "freezes": _freezes(plan, index)}
     facts |= {"sliding": True} if cls.slides else {}
     tag = "regions"
@@ -209,7 +185,7 @@ def evict_spec(plan: PolicyPlan, index: int) -> KernelSpec:
         tag = "_".join(sorted({str(n.value) for n in parts.row.walk() if n.op == "state"})) or "score"
     else:
         facts |= _NO_SELECTION
-    return _made(KernelSpec.of("evict", holes, tag + "_sliding" * cls.slides, **facts))
+    return made(KernelSpec.of("evict", holes, tag + "_sliding" * cls.slides, **facts))
 
 
 def _freezes(plan: PolicyPlan, index: int) -> bool:
@@ -222,12 +198,12 @@ def select_spec(plan: PolicyPlan, index: int, term: Selection) -> KernelSpec:
     """Winners of one selection over a prefill's rows."""
     reach.piece_choice(plan, term)
     facts = _selection_facts(plan, index, term) | defaults.SELECT
-    return _made(KernelSpec.of("select", None, str(term.rank), **facts))
+    return made(KernelSpec.of("select", None, str(term.rank), **facts))
 
 
 def pack_spec(plan: PolicyPlan) -> KernelSpec:
     """Survivors of a prefill into the rows' pages."""
-    return _made(KernelSpec.of("pack", None, "", **_pool_facts(plan), **defaults.PACK))
+    return made(KernelSpec.of("pack", None, "", **pool_facts(plan), **defaults.PACK))
 
 
 def state_spec(plan: PolicyPlan, state: StatePlan) -> KernelSpec | None:
@@ -257,8 +233,8 @@ def score_specs(plan: PolicyPlan, term: Selection) -> tuple[KernelSpec, ...]:
 
 
 def _keys(plan: PolicyPlan, tile: Tile) -> KernelSpec:
-    facts = _shape(plan) | defaults.KEYS
-    return _made(KernelSpec.of("keys", {"formula": tile.formula}, _words(tile.formula), **facts))
+    facts = shape(plan) | defaults.KEYS
+    return made(KernelSpec.of("keys", {"formula": tile.formula}, _words(tile.formula), **facts))
 
 
 def _words(formula: Expr) -> str:
@@ -271,9 +247,9 @@ def _columns(plan: PolicyPlan, tile: Tile, tag: str) -> KernelSpec:
     pre, over_q, mid, over_g, post = _chain(tile.formula)
     window = tile.source.width if tile.source.kind != "forward" else 0
     holes: dict[str, Hole] = {"pre": pre, "mid": mid, "post": post, "whole": tile.formula}
-    given = _variants(plan)
+    given = variants(plan)
     facts = (
-        _shape(plan)
+        shape(plan)
         | defaults.columns(plan.facts, window)
         | given
         | {
@@ -283,7 +259,7 @@ def _columns(plan: PolicyPlan, tile: Tile, tag: str) -> KernelSpec:
             "over_g": over_g,
         }
     )
-    return _made(KernelSpec.of("columns", holes, "_".join([tag or tile.source.kind, *sorted(given)]), **facts))
+    return made(KernelSpec.of("columns", holes, "_".join([tag or tile.source.kind, *sorted(given)]), **facts))
 
 
 def _chain(formula: Expr) -> tuple[Expr, str, Expr, str, Expr]:
@@ -321,7 +297,7 @@ def _row_stage(row: Expr) -> KernelSpec:
         assert isinstance(pools[0].value, tuple)
         kind, width = str(pools[0].value[0]), int(pools[0].value[1])
         holes |= {"inner": pools[0].args[0], "outer": _swap(row, pools[0], Expr("tile", (), "pooled"))}
-    return _made(KernelSpec.of("pool", holes, f"{kind}{width}", kind=kind, width=width, warps=4))
+    return made(KernelSpec.of("pool", holes, f"{kind}{width}", kind=kind, width=width, warps=4))
 
 
 Make = Callable[[], tuple[KernelSpec, ...]]

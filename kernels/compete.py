@@ -19,8 +19,9 @@ from kvcompile.kernels.plan import PolicyPlan, Selection
 class Place:
     """Where rows that are judged together stand: of each its layer, KV head and sequence; `cls`, their class.
 
-    picked uint8 [picks, batch, kv_heads, positions]: what layers choose for later ones; judged bool [rows]: which
+    picked int32 [picks, batch, kv_heads, positions]: what layers choose for later ones; judged bool [rows]: which
     rows decide now, None for all of them; first: the model's index of KV head 0, where other processes hold heads, too.
+    segment, links: as in `Site`, where a set reads by stretches of the text.
     """
 
     cls: int
@@ -30,6 +31,8 @@ class Place:
     picked: Tensor | None = None
     judged: Tensor | None = None
     first: int = 0
+    segment: Tensor | None = None
+    links: Tensor | None = None
 
     def leads(self, plan: PolicyPlan, sharing: int) -> list[bool]:
         """Of every `sharing` layers of the class, the first that holds the row's head decides for the others."""
@@ -43,10 +46,23 @@ class Place:
 
     def chosen(self, slot: int, pos: Tensor) -> Tensor:
         """Which of the positions int64 [rows, n] slot `slot` holds: bool [rows, n]."""
+        return self.marks(slot, pos) != 0
+
+    def marks(self, slot: int, pos: Tensor) -> Tensor:
+        """What slot `slot` holds for the positions int64 [rows, n]: int32 [rows, n], 0 where nothing is chosen."""
         assert self.picked is not None
         marks = self.picked[slot, list(self.sequence), list(self.head)]
         inside = (pos >= 0) & (pos < marks.shape[1])
-        return (marks.gather(1, torch.where(inside, pos, 0)) != 0) & inside
+        return marks.gather(1, torch.where(inside, pos, 0)).masked_fill(~inside, 0)
+
+    def mark(self, slot: int, pos: Tensor, bits: Tensor, rows: Tensor) -> None:
+        """Put bits int64 [all rows, n] of some rows, bool [all rows], into a slot, in place of what it held."""
+        assert self.picked is not None
+        for row in rows.nonzero().flatten().tolist():
+            marks = self.picked[slot, self.sequence[row], self.head[row]]
+            marks.zero_()
+            there = bits[row] != 0
+            marks[pos[row, there]] = bits[row, there].to(marks.dtype)
 
     def choose(self, slot: int, pos: Tensor, won: Tensor, rows: list[int]) -> None:
         """Put the winners of some rows into a slot, in place of what it held for them: pos, won [all rows, n]."""
@@ -55,7 +71,7 @@ class Place:
             marks = self.picked[slot, self.sequence[row], self.head[row]]
             if self.judged is None or bool(self.judged[row]):
                 marks.zero_()
-                marks[pos[row, won[row]]] = 1
+                marks[pos[row, won[row]]] = -1  # every query head of the KV head
 
 
 @dataclass(frozen=True)
@@ -126,9 +142,7 @@ def winners(
     if term.rank == "where":
         return candidates & (values != 0) & ~values.isnan()
     if values.ndim == 3:
-        group = values.shape[1]
-        each = [x.repeat_interleave(group, 0) for x in (candidates, n)]
-        return _in_rows(term, values.flatten(0, 1), *each).unflatten(0, (-1, group)).any(1)
+        return in_query_heads(term, values, candidates, n).any(1)
     if versus is None:
         return _in_rows(term, values, candidates, n)
     shared = len(versus.first) < len(versus.line)
@@ -144,6 +158,13 @@ def winners(
         lines = (versus.group == group).nonzero().flatten()
         won[lines] = _pooled(term, values[lines], age[lines], candidates[lines], n[lines])
     return won[versus.line]
+
+
+def in_query_heads(term: Selection, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:
+    """What each query head chooses of its KV head's candidates: values [rows, group, contestants], bool alike."""
+    group = values.shape[1]
+    each = [x.repeat_interleave(group, 0) for x in (candidates, n)]
+    return _in_rows(term, values.flatten(0, 1), *each).unflatten(0, (-1, group))
 
 
 def _in_rows(term: Selection, values: Tensor, candidates: Tensor, n: Tensor) -> Tensor:

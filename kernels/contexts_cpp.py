@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from kvcompile.kernels import contexts
+from kvcompile.kernels import contexts, contexts_cpp_reads
 from kvcompile.kernels.contexts import LOG2E, SLIDES, Context, attention, expressions
 from kvcompile.kernels.holes import init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
@@ -177,4 +177,8 @@ _CONTEXTS: dict[str, Callable[[KernelSpec], Context]] = {
     "keys": _keys,
     "pool": _pool,
     "select": _select,
+    "marks": contexts_cpp_reads.marks,
+    "units": contexts_cpp_reads.units,
+    "spans": contexts_cpp_reads.spans,
+    "blocks": contexts_cpp_reads.blocks,
 }

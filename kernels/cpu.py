@@ -19,9 +19,11 @@ from kvcompile.kernels.evaluate import FORWARD, attention_logits, attention_weig
 from kvcompile.kernels.gather import Fresh, few, gather_rows, placed, together
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.reads import narrows
 from kvcompile.kernels.rotary import places, rotate
 from kvcompile.kernels.rows import Queries
 from kvcompile.kernels.states import (
+    UNTRAINED,
     Weights,
     first_states,
     follow_reads,
@@ -34,10 +36,13 @@ BLOCK = 256  # queries whose mask is held at a time
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_prefill(
+    plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights = UNTRAINED
+) -> Tensor:
     """As `reference.attend_prefill`: the piece's tokens and the resident past are two calls, merged by their LSE."""
-    if plan.facts.softcap:  # between logits and softmax, where flash attention lets nobody in
-        return reference.attend_prefill(plan, site, q, k, v, scale)
+    # Soft-caps stand between logits and softmax, where flash attention lets nobody in, as do sets of each query.
+    if plan.facts.softcap or narrows(plan, site):
+        return reference.attend_prefill(plan, site, q, k, v, scale, weights)
     kv_heads, layer = plan.facts.kv_heads, int(site.layer)
     reach = plan.facts.reach(layer)
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
@@ -176,6 +181,8 @@ def attend_step(
     plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
 ) -> Tensor:
     """As `reference.attend_step`."""
+    if narrows(plan, site):
+        return reference.attend_step(plan, site, q, k, v, scale, weights)
     kv_heads = plan.facts.kv_heads
     clock = site.clock.tolist()
     active = [b for b, line in enumerate(clock) if line[Clock.NEW]]

@@ -53,3 +53,14 @@ def columns(facts: ModelFacts, window: int) -> Facts:
     most = 32 if wide or _row(facts) > 256 else 64
     block_q = min(most, max(16, power_of_two(window))) if window else most
     return {"block_n": 32 if wide else 64, "block_q": block_q, "warps": 8 if wide or _row(facts) >= 256 else 4}
+
+
+def marks(facts: ModelFacts) -> Facts:
+    """A tile of keys [block_n, head_dim] stands in registers, in float32."""
+    return {"block_n": max(16, min(64, 8192 // power_of_two(facts.head_dim))), "warps": 4}
+
+
+def units(facts: ModelFacts) -> Facts:
+    """A tile of products [units, query heads, channels] stands in registers, in float32."""
+    of_unit = power_of_two(facts.group) * power_of_two(facts.head_dim)
+    return {"block_n": max(1, min(64, 8192 // of_unit)), "warps": 8}

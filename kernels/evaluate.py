@@ -20,6 +20,7 @@ from kvcompile.kernels.noise import gumbel
 from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan, evidence_of, source_of, words_of
 from kvcompile.kernels.rotary import rotate
 from kvcompile.kernels.rows import Queries, Rows, as_read_by, readable_by
+from kvcompile.kernels.units import seen_until
 
 H, G, Q, U, E, D = range(6)  # E: entries, the axis i
 _DIM = {"h": H, "g": G, "q": Q, "u": U, "i": E, "d": D}
@@ -41,6 +42,8 @@ def evidence(rows: Rows, source: QuerySource, kind: str) -> Tensor:
     assert rows.queries is not None and rows.k is not None
     queries, rows = rows.queries[source], as_read_by(rows, source)
     logits = attention_logits(rows, queries.q, queries.pos)
+    if rows.narrow is not None and source.kind in ("forward", "sample"):
+        logits = logits.masked_fill(~rows.narrow(rows, queries), NEG_INF)
     return logits if kind == "logit" else attention_weights(rows, logits).nan_to_num(0.0)
 
 
@@ -107,6 +110,14 @@ def number(expr: Expr, rows: Rows, leaves: Leaves | None = None) -> Tensor:
     return _Evaluator(rows, rows.resident, None, leaves or {}, None, False).number(expr)
 
 
+def landmarks_of(rows: Rows, unit: UnitPlan, formulas: list[Expr]) -> Tensor:
+    """What formulas say of each unit of rows in position order: float32 [rows, units, numbers], 0 where none has."""
+    evaluator = _Evaluator(rows, rows.resident, unit, {}, None, False)
+    units = evaluator.alive.shape[U]
+    found = [evaluator._value(expr)[:, 0, 0, :, 0].expand(len(rows.pos), units, -1) for expr in formulas]
+    return torch.cat(found, -1)
+
+
 def _held(expr: Expr, rows: Rows) -> int:
     """How many values the widest of a formula's nodes has, one for each query head, query and entry."""
     asked = sources_of([expr])
@@ -127,8 +138,12 @@ class _Evaluator:
         self.columns = None if unit is None else unit_columns(rows.pos, rows.resident, unit)
         there = rows.resident if among is None else among
         self.alive = self._arrange(there[:, None, None, :, None])
-        if self.columns is not None:
+        if self.columns is not None and unit is not None:
             self.alive = self.alive & (self.columns >= 0)[:, None, None, :, :, None]
+            if rows.asking:
+                last = unit.offset + torch.arange(self.columns.shape[1], device=rows.pos.device) * unit.stride
+                seen = last + unit.size - 1 <= seen_until(rows)[:, None]
+                self.alive = self.alive & seen[:, None, None, :, None, None]
         self.memo: dict[Expr, Tensor] = {}
 
     def entries(self, expr: Expr, groups: bool) -> Tensor:
@@ -246,12 +261,40 @@ class _Evaluator:
 
     def _learned(self, expr: Expr) -> Tensor:
         assert self.rows.weights is not None
+        if "u" in expr.axes:
+            return self._gate(expr)
         inputs = [self._by_entry(self._value(arg))[:, :, 0] for arg in expr.args]
         across = self.rows.across
         if across is None:
             return self._per_entry(retained(self.rows.weights, str(expr.value), self.rows.layer, inputs))
         inputs = [across.joined(x, 0) for x in inputs]
         return self._per_entry(across.own(retained(self.rows.weights, str(expr.value), self.rows.layer, inputs)))
+
+    def _gate(self, expr: Expr) -> Tensor:
+        """A trained gate's logit for each unit, from the query that reads and the unit's landmarks."""
+        from kvcompile.kernels.gates import gated
+
+        assert self.rows.weights is not None and self.unit is not None and self.columns is not None
+        marks = [self._value(arg) for arg in expr.args if arg.op == "landmark"]
+        wide = [m.expand(*self.columns.shape[:1], 1, 1, self.columns.shape[1], 1, -1)[:, 0, 0, :, 0] for m in marks]
+        found = gated(self.rows.weights, str(expr.value), self.rows, self.unit, wide)
+        return found[:, :, None, :, None, None]
+
+    def _regroup(self, expr: Expr) -> Tensor:
+        """Scores of units as those of others: the largest of those that overlap with each."""
+        assert self.unit is not None and self.columns is not None
+        first, _ = words_of(expr)
+        unit = next(u for u in self.rows.units if u.name == first)
+        inner = _Evaluator(self.rows, self.candidates, unit, self.leaves, self.among, self.causal)
+        there = inner.alive.any(E)[..., 0]
+        value = inner._value(expr.args[0])[..., 0, 0]
+        begins, starts = (
+            torch.arange(x.shape[U], device=value.device) * u.stride + u.offset
+            for x, u in ((there, unit), (self.alive, self.unit))
+        )
+        meets = (begins < starts[:, None] + self.unit.size) & (begins + unit.size > starts[:, None])
+        value = value.expand(*value.shape[:U], len(begins)).unsqueeze(U)
+        return masked("max", value, there.unsqueeze(U) & meets, U + 1).unsqueeze(-1)
 
     def _landmark(self, expr: Expr) -> Tensor:
         _, name = words_of(expr)

@@ -21,6 +21,7 @@ from kvcompile.kernels.judge import carry_out, gather_in_place, judging, met, nu
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan
 from kvcompile.kernels.ranks import has_joint
+from kvcompile.kernels.reads import with_reads
 from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.select import Means, Plainly, keep_mask
 from kvcompile.kernels.span import competes, note_scores
@@ -90,9 +91,7 @@ def evict_prefill(
                 _judge_in_place(plan, cls, site, sequences, heads, scale, fresh)
             elif fires:
                 rows, order, _ = gather_rows(plan, site, sequences, heads, needs_keys(plan, part), scale, fresh)
-                rows = met(
-                    plan, cls, site, with_queries(plan, site, sequences, heads, rows, query_sources(part), fresh)
-                )
+                rows = _asked(plan, cls, site, sequences, heads, rows, fresh)
                 keep, won = decide(plan, cls, site, sequences, heads, rows, order, means or Plainly())
                 apply_fresh(plan, site, sequences, heads, keep, won, part, fresh)
 
@@ -136,12 +135,21 @@ def _judge_in_place(
     """Judge rows whose entries are all in the pools; `fresh` is the piece that came last (of equally far sequences)."""
     part = plan.classes[cls]
     rows, order, index = gather_in_place(plan, site, sequences, heads, needs_keys(plan, part), scale, fresh)
-    sources = query_sources(part)
-    if sources:
-        rows = with_queries(plan, site, sequences, heads, rows, sources, fresh)
-    rows = met(plan, cls, site, rows)
+    rows = _asked(plan, cls, site, sequences, heads, rows, fresh)
     keep, won = decide(plan, cls, site, sequences, heads, rows, order, Plainly())
     carry_out(plan, part, site, index, keep, won)
+
+
+def _asked(
+    plan: PolicyPlan, cls: int, site: Site, sequences: list[int], heads: list[int], rows: Rows, fresh: Fresh | None
+) -> Rows:
+    """Rows with the queries that a class's formulas ask for; those of this forward read what they did read."""
+    sources = query_sources(plan.classes[cls])
+    if any(s.kind in ("forward", "sample") for s in sources):
+        rows = with_reads(plan, site, sequences, heads, rows, fresh)
+    if sources:
+        rows = with_queries(plan, site, sequences, heads, rows, sources, fresh)
+    return met(plan, cls, site, rows)
 
 
 def decide(

@@ -41,7 +41,8 @@ def open_sources(formula: Expr) -> set[QuerySource]:
 
 def ties_heads(formula: Expr) -> bool:
     """Whether the heads of a layer have to be evaluated together."""
-    return any(n.op == "learned" or (n.op == "reduce" and words_of(n)[1] == "h") for n in formula.walk())
+    one = (n.op == "learned" and "u" not in n.axes for n in formula.walk())
+    return any(one) or any(n.op == "reduce" and words_of(n)[1] == "h" for n in formula.walk())
 
 
 def ties_queries(formula: Expr) -> bool:

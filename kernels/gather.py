@@ -236,6 +236,8 @@ def gather_rows(
         reach=reach,
         sink=sink,
         first=plan.first_head,
+        units=plan.units,
+        index=torch.arange(len(pos), device=pos.device),
     )
     return rows, order, index
 

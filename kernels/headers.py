@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvcompile.kernels.gpus import GPUS, Gpu
+from kvcompile.kernels.marks import layout_of
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.render import Header, Target
 from kvcompile.kernels.roofline import Traffic
@@ -144,7 +145,32 @@ def _pool(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Tra
     return shapes, Traffic((("scores, order, answer", _entries(plan, sizes) * (4 + 4 + 4)),))
 
 
-_POOLED = ("decode", "prefill", "evict", "pack")
+def _marks(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    """Of a prompt that came in as one piece; in a step it is a unit at times."""
+    layout, facts = layout_of(plan), plan.facts
+    rows = sizes.batch * max(sum(reader >= 0 for reader in line) for line in layout.readers)
+    out = rows * layout.blocks(sizes.tokens) * layout.width * layout.itemsize
+    parts = (("keys and values", rows * sizes.tokens * facts.entry_bytes), ("landmarks", out))
+    return (("marks", f"[readers, B, blocks, {layout.width}] {layout.dtype}"),), Traffic(parts)
+
+
+def _units(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    """Of one query of every row."""
+    layout, facts = layout_of(plan), plan.facts
+    rows = sizes.batch * facts.kv_heads
+    marks = rows * layout.blocks(sizes.tokens) * layout.width * layout.itemsize
+    query = ("q", f"[B, {facts.q_heads}, M, {facts.head_dim}]")
+    return (query,), Traffic((("landmarks", marks), ("positions", 4 * rows * sizes.tokens)))
+
+
+def _spans(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    """Of rows that are read as a whole; lists read their share of it."""
+    facts = plan.facts
+    query = ("q, out", f"[B, {facts.q_heads}, {facts.head_dim}]")
+    return (query,), Traffic((("keys and values, if all are read", _entries(plan, sizes) * facts.entry_bytes),))
+
+
+_POOLED = ("decode", "prefill", "evict", "pack", "spans", "blocks")
 _ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffic]]] = {
     "decode": _decode,
     "prefill": _prefill,
@@ -154,4 +180,8 @@ _ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffi
     "columns": _columns,
     "keys": _keys,
     "pool": _pool,
+    "marks": _marks,
+    "units": _units,
+    "spans": _spans,
+    "blocks": _prefill,
 }

@@ -90,6 +90,10 @@ def spell(expr: Expr) -> str:
         case "binary":
             sides = [text if _simple(arg) else f"({text})" for arg, text in zip(expr.args, args, strict=True)]
             return f"{sides[0]} {expr.value} {sides[1]}"
+        case "queries":
+            return "q"
+        case "regroup":
+            return f"the largest overlapping {args[0]}" if _simple(expr.args[0]) else f"the largest overlapping ({args[0]})"
         case "landmark":
             assert isinstance(expr.value, tuple)
             return str(expr.value[1])

@@ -12,7 +12,7 @@ from kvcompile.kernels.evaluate import number
 from kvcompile.kernels.gather import Fresh, apply, gather_rows
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.losers import settle
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Term, Trigger
 from kvcompile.kernels.ranks import across
 from kvcompile.kernels.rows import Rows
 
@@ -67,9 +67,16 @@ def numbers_of(
     plan: PolicyPlan, part: ClassPlan, site: Site, sequences: list[int], heads: list[int], rows: Rows
 ) -> Tensor:
     """The policy's counts for each row, int64 [counts, rows]; those that read `len` exactly, row by row."""
+    return numbers_of_terms(plan, part.keep, site, sequences, heads, rows)
+
+
+def numbers_of_terms(
+    plan: PolicyPlan, terms: tuple[Term, ...], site: Site, sequences: list[int], heads: list[int], rows: Rows
+) -> Tensor:
+    """As `numbers_of`, for what some terms count."""
     layer, count = int(site.layer), len(plan.counts)
     numbers = site.counts[layer][:, sequences].repeat_interleave(len(heads), 1)
-    by_row = [i for i in {t.count for t in part.keep} if i is not None and "len" in scalars_of(plan.counts[i])]
+    by_row = [i for i in {t.count for t in terms} if i is not None and "len" in scalars_of(plan.counts[i])]
     if not by_row:
         return numbers
     parts, lengths = numbers[count:].T.tolist(), rows.resident.sum(1).tolist()
@@ -96,13 +103,16 @@ def judging(part: ClassPlan, cls: int, site: Site, sequences: list[int], heads: 
 
     Rows in which only a sliding window moved on (`SLIDES`) decide nothing: they keep all that is still resident.
     """
-    conditions = [t.cond for t in part.triggers if t.cond is not None]
-    if not conditions and not part.slides:
+    if all(t.cond is None for t in part.triggers) and not part.slides:
         return None
-    fired = site.fires[cls, sequences].repeat_interleave(heads).long()
-    judged = (fired & UNCONDITIONED) != 0
-    for bit, cond in enumerate(conditions, 1):
-        if bool((fired >> bit & 1).any()):
+    return fired(part.triggers, site.fires[cls, sequences].repeat_interleave(heads).long(), rows)
+
+
+def fired(triggers: tuple[Trigger, ...], bits: Tensor, rows: Rows) -> Tensor:
+    """Where a trigger has fired without a condition, or with one that holds: bool [rows]; bits as in `Site.fires`."""
+    judged = (bits & UNCONDITIONED) != 0
+    for bit, cond in enumerate([t.cond for t in triggers if t.cond is not None], 1):
+        if bool((bits >> bit & 1).any()):
             value = number(cond, rows)
-            judged = judged | ((fired >> bit & 1 != 0) & (value != 0) & ~value.isnan())
+            judged = judged | ((bits >> bit & 1 != 0) & (value != 0) & ~value.isnan())
     return judged

@@ -46,6 +46,12 @@ class Site(NamedTuple):
     reach   int32 [layers], the sliding window of every layer: a query at p reads positions > p - reach; 0: all
     sink    float32 [layers, q_heads], one more logit in the softmax's denominator of each query head; [0, q_heads]
             where the model has none
+    marks   [readers, batch, blocks, numbers], landmarks of the units of rows that are read by them, edges int32
+            [readers, batch, blocks, units of a block or 0, 2], where their entries begin and end, and marked int32
+            [readers, batch, kinds], how many units of each kind are current: see `marks.MarksLayout`
+    segment int32 [batch, positions], the stretch of the text that each position is in, 0: none; no positions where
+            no set asks for it; links uint8 [batch, names, stretches, stretches], whether for a query of one stretch
+            (line) another (column) is in the region of each name of `spans.span_names`; line and column 0: of none
     """
 
     layer: Tensor
@@ -67,6 +73,11 @@ class Site(NamedTuple):
     rope: Tensor
     reach: Tensor
     sink: Tensor
+    marks: Tensor
+    edges: Tensor
+    marked: Tensor
+    segment: Tensor
+    links: Tensor
 
     @property
     def paged(self) -> bool:

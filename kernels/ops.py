@@ -23,7 +23,7 @@ from kvcompile.kernels.layout import Site
 from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan
 from kvcompile.kernels.span import evict_span, measured_shares
-from kvcompile.kernels.states import Weights
+from kvcompile.kernels.states import UNTRAINED, Weights
 
 PHASES = ("chunk", "prefill.end", "step")
 
@@ -34,7 +34,9 @@ class Backend(Protocol):
     name: str
 
     def prepare(self, plan: PolicyPlan) -> None: ...
-    def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
+    def attend_prefill(
+        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights = UNTRAINED
+    ) -> Tensor: ...
     def observe(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
     ) -> Tensor: ...
@@ -166,7 +168,7 @@ def fires_in(plan: PolicyPlan, cls: int, phase: str) -> bool:
 
 def _attend_prefill(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, site: str) -> Tensor:
     p = program(site)
-    return p.backend.attend_prefill(p.plan, Site(*store), q, k, v, scale)
+    return p.backend.attend_prefill(p.plan, Site(*store), q, k, v, scale, p.weights)
 
 
 def _observe(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, site: str) -> Tensor:

@@ -113,8 +113,8 @@ class ReadPlan:
         return bool(sets) and not sure
 
 
-def formulas_of(cls: ClassPlan) -> list[Expr]:
-    """The scores of a class's selections and the conditions of its triggers."""
+def formulas_of(cls: ClassPlan | ReadRule) -> list[Expr]:
+    """The scores of its selections and the conditions of its triggers."""
     return [t.score for t in cls.selections] + [t.cond for t in cls.triggers if t.cond is not None]
 
 
@@ -204,9 +204,19 @@ class PolicyPlan:
     read_of: tuple[tuple[int, ...], ...] = ()  # [layer][kv head] -> index into reads, -1: all is read; (): of all rows
     off: tuple[int, ...] = ()  # layers whose attention does not run and that hold nothing
 
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The layers whose attention runs, in order; the others have no heads of any class."""
+        return tuple(layer for layer in range(self.facts.layers) if layer not in self.off)
+
     def reading(self, layer: int) -> tuple[int, ...]:
         """The index into `reads` of each KV head of a layer, -1 where a head reads all."""
         return self.read_of[layer] if self.read_of else (-1,) * self.facts.kv_heads
+
+    @property
+    def rules(self) -> int:
+        """How many rules `reads` has in all."""
+        return sum(len(read.rules) for read in self.reads)
 
     @property
     def whole(self) -> PolicyPlan:
@@ -223,23 +233,24 @@ class PolicyPlan:
 
     def site_classes(self, layer: int) -> tuple[int, ...]:
         """Indices of the classes that have heads in this layer, in order; classes of the same rows all of them."""
-        here = set(self.class_of[layer])
+        here = set() if layer in self.off else set(self.class_of[layer])
         return tuple(i for i, cls in enumerate(self.classes) if i in here or cls.rows_of in here)
 
     def heads(self, layer: int, cls: int) -> tuple[int, ...]:
         """KV heads of one class in one layer."""
+        if layer in self.off:
+            return ()
         rows = self._rows(cls)
         return tuple(h for h, c in enumerate(self.class_of[layer]) if c == rows)
 
     def class_size(self, cls: int) -> int:
         """KV heads of one class over all layers."""
-        rows = self._rows(cls)
-        return sum(row.count(rows) for row in self.class_of)
+        return sum(len(self.heads(layer, cls)) for layer in self.live)
 
     def class_layers(self, cls: int) -> tuple[int, ...]:
         """Layers in which a class has heads, in any process, in order."""
         rows = self._rows(cls)
-        return tuple(layer for layer, owners in enumerate(self.whole.class_of) if rows in owners)
+        return tuple(layer for layer in self.live if rows in self.whole.class_of[layer])
 
     def class_reach(self, cls: int) -> int:
         """The sliding window of the layers in which a class has heads, one for all of them; 0: none."""
@@ -279,6 +290,7 @@ class PolicyPlan:
     def ring(self) -> int:
         """How many of the newest queries must be kept, because a later piece, step or turn may ask for them."""
         formulas = [e for c in self.classes for e in formulas_of(c)]
+        formulas += [e for read in self.reads for rule in read.rules for e in formulas_of(rule)]
         formulas += [share.score for share in self.shares if share.score is not None]
         asked = [source for e in formulas for n in e.walk() if (source := source_of(n)) is not None]
         newest = any(source.kind in ("forward", "sample") for source in asked)

@@ -43,7 +43,7 @@ _known: dict[str, Ranks] = {}
 def sharded(plan: PolicyPlan, ranks: Ranks, key: str, weight_bytes: int) -> PolicyPlan:
     """The plan of the part of the heads that `ranks.rank` holds; `key` stands for these processes from now on.
 
-    weight_bytes: of the parameters that are here. KvCompileError where the KV heads cannot be divided evenly.
+    weight_bytes: of the parameters that are here. KvCompileError where the KV heads cannot be divided evenly, or decide together what they read.
     """
     facts, world = plan.facts, ranks.world
     if facts.kv_heads % world:
@@ -51,6 +51,13 @@ def sharded(plan: PolicyPlan, ranks: Ranks, key: str, weight_bytes: int) -> Poli
             f"{facts.kv_heads} KV heads cannot be divided evenly over {world} processes: use a number of processes "
             f"that divides {facts.kv_heads}"
         )
+    for read in plan.reads:
+        for term in (t for rule in read.rules for t in rule.selections):
+            if term.scope in ("shared", "across") or ties_heads(term.score):
+                raise KvCompileError(
+                    f"{plan.name} lets heads decide together what they read (rows {read.name}), and heads lie in "
+                    f"{world} processes: this is not supported yet, so let them choose `per head` or `per query_head`"
+                )
     _known[key] = ranks
     heads = facts.kv_heads // world
     here = slice(ranks.rank * heads, (ranks.rank + 1) * heads)
@@ -58,6 +65,7 @@ def sharded(plan: PolicyPlan, ranks: Ranks, key: str, weight_bytes: int) -> Poli
         plan,
         facts=replace(facts, kv_heads=heads, q_heads=facts.q_heads // world, weight_bytes=weight_bytes),
         class_of=tuple(row[here] for row in plan.class_of),
+        read_of=tuple(row[here] for row in plan.read_of),
         digest=f"{plan.digest}.{ranks.rank}of{world}",
         shard=Shard(ranks.rank, world, plan, key),
     )

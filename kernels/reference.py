@@ -15,15 +15,18 @@ from kvcompile.kernels.evaluate import FORWARD, attention_logits, attention_weig
 from kvcompile.kernels.gather import Fresh, gather_rows, placed, sequence
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.reads import HELD, fill_picks, held_set, holds_sets, with_reads
 from kvcompile.kernels.rows import Queries, Rows
-from kvcompile.kernels.states import BLOCK, Weights, first_states, follow_reads, grow_states
+from kvcompile.kernels.states import BLOCK, UNTRAINED, Weights, first_states, follow_reads, grow_states
 
 
-def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_prefill(
+    plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights = UNTRAINED
+) -> Tensor:
     """Each token of a piece reads what is resident and the piece's earlier tokens.
 
     q [B, q_heads, m, D], k, v [B, kv_heads, m, D], right-aligned. Returns [B, m, q_heads, D]; columns
-    that hold no token are zero. Also files the newest queries in the ring.
+    that hold no token are zero. Also files the newest queries in the ring. weights: as in `ops.Program`.
     """
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     heads = list(range(plan.facts.kv_heads))
@@ -34,20 +37,25 @@ def attend_prefill(plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor
             continue
         fresh = replace(fresh, state=torch.zeros(len(plan.states), len(heads), fresh.real, device=q.device))
         rows, _, _ = gather_rows(plan, site, [b], heads, True, scale, fresh)
-        assert rows.k is not None and rows.v is not None
+        file_queries(site, b, q[b, :, q.shape[2] - n :], fresh.real, fresh.start)
         asking = placed(rows, Queries(fresh.q, fresh.pos.expand(len(heads), -1)))
+        rows = with_reads(plan, site, [b], heads, replace(rows, weights=weights), fresh)
+        fill_picks(plan, rows, asking)
+        assert rows.v is not None
         for at in range(0, n, BLOCK):
             block = slice(at, min(at + BLOCK, n))
-            p = _probabilities(rows, asking.q[:, :, block], fresh.pos[block])
+            p = _probabilities(rows, Queries(asking.q[:, :, block], asking.pos[:, block]))
             read = torch.einsum("hgqn,hnd->qhgd", p, rows.v.float()).flatten(1, 2).to(q.dtype)
             out[b, out.shape[1] - n + block.start : out.shape[1] - n + block.stop] = read
-        file_queries(site, b, q[b, :, q.shape[2] - n :], fresh.real, fresh.start)
     return out
 
 
-def _probabilities(rows: Rows, q: Tensor, pos: Tensor) -> Tensor:
-    """float32 [kv_heads, group, q, n]; what a query may not read has probability 0."""
-    return attention_weights(rows, attention_logits(rows, q, pos.expand(len(rows.pos), -1)))
+def _probabilities(rows: Rows, queries: Queries) -> Tensor:
+    """float32 [kv_heads, group, q, n]; what a query may not read, or does not, has probability 0."""
+    logits = attention_logits(rows, queries.q, queries.pos)
+    if rows.narrow is not None:
+        logits = logits.masked_fill(~rows.narrow(rows, queries), float("-inf"))
+    return attention_weights(rows, logits)
 
 
 def file_queries(site: Site, b: int, q: Tensor, real: int, start: int) -> None:
@@ -77,13 +85,17 @@ def attend_step(
         fresh = sequence(site, b, q, k, v, None, facts.kv_heads)
         append(plan, site, b, replace(fresh, state=first_states(plan, site, b, fresh, weights)))
         rows, order, index = gather_rows(plan, site, [b], heads, True, scale)
-        assert rows.v is not None
-        asking = placed(rows, Queries(fresh.q, fresh.pos.expand(facts.kv_heads, -1)))
-        p = _probabilities(rows, asking.q, fresh.pos)
-        out[b, 0] = torch.einsum("hgqn,hnd->qhgd", p, rows.v.float())[0].flatten(0, 1).to(q.dtype)
         file_queries(site, b, q[b], 1, fresh.start)
-        if follow_reads(plan):
-            grow_states(plan, site, replace(rows, attn=p, queries={FORWARD: asking}, weights=weights), order, index)
+        asking = placed(rows, Queries(fresh.q, fresh.pos.expand(facts.kv_heads, -1)))
+        rows = with_reads(plan, site, [b], heads, replace(rows, weights=weights), None)
+        fill_picks(plan, rows, asking)
+        assert rows.v is not None
+        p = _probabilities(rows, asking)
+        out[b, 0] = torch.einsum("hgqn,hnd->qhgd", p, rows.v.float())[0].flatten(0, 1).to(q.dtype)
+        if follow_reads(plan) or holds_sets(plan):
+            held = {HELD: held_set(plan, rows, asking)} if holds_sets(plan) else {}
+            rows = replace(rows, attn=p, queries={FORWARD: asking}, state=rows.state | held)
+            grow_states(plan, site, rows, order, index)
     return out
 
 

@@ -84,6 +84,10 @@ PURPOSE = {
     "pack": "survivors of a prefill go to their rows' pages, in order",
     "columns": "what a set of queries says about every entry: attention summed by column",
     "keys": "a score from each key alone",
+    "marks": "landmarks of units that have become full",
+    "units": "which units each query reads by a rule's choice, and which entries by its regions",
+    "spans": "one token of every sequence: append, then each head reads its list of a row's entries, or all",
+    "blocks": "a piece of every sequence, each query by what its rule reads, in strips of those that read alike",
     "pool": "what follows a score along the row: pooling over the candidates in position order",
 }
 

@@ -5,13 +5,14 @@ Filled by `gather` for decisions and by `states` for new entries, read by formul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvcompile.kernels.expr import QuerySource
 from kvcompile.kernels.ranks import Across
+from kvcompile.kernels.terms import UnitPlan
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Rows:
     sequences: how many there are, whose heads follow each other. Of the model's attention: cap, 0 or what logits are
     softened to; reach, 0 or how many of the newest tokens a query reads; sink float32 [rows, group], a logit without
     a value in each softmax. Of a model whose heads several processes hold: first, the model's index of KV head 0 here;
-    across, how these rows meet the same layer's others, None where there are none.
+    across, how these rows meet the same layer's others, None where there are none. asking: as one query reads them, at
+    `now`: a unit is full once the query comes after it. narrow: what this forward's queries read of what they could
+    read, bool [rows, group or 1, q, n]; None: all. units: the policy's. index int64 [rows]: which of the rows that
+    were gathered together each is.
     """
 
     pos: Tensor
@@ -66,10 +70,17 @@ class Rows:
     sink: Tensor | None = None
     first: int = 0
     across: Across | None = None
+    asking: bool = False
+    narrow: Callable[[Rows, Queries], Tensor] | None = None
+    units: tuple[UnitPlan, ...] = ()
+    index: Tensor | None = None
 
     def one(self, row: int) -> Rows:
         """The same for a single row."""
-        cut = slice(row, row + 1)
+        return self.some(slice(row, row + 1))
+
+    def some(self, cut: slice | list[int]) -> Rows:
+        """The same for some rows, of one sequence."""
         found = {name: getattr(self, name) for name in (*_BY_ROW, *_BY_ENTRY)}
         return replace(
             self,
@@ -92,7 +103,7 @@ class Rows:
         )
 
 
-_BY_ROW = ("now", "prompt", "heads", "step", "chunk", "own", "attn", "sink")
+_BY_ROW = ("now", "prompt", "heads", "step", "chunk", "own", "attn", "sink", "index")
 _BY_ENTRY = ("pos", "resident", "readable", "frozen", "k", "v", "raw", "bias")
 
 

@@ -18,6 +18,7 @@ from kvcompile.kernels.noise import hashed
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
 from kvcompile.kernels.ranks import Table, table
 from kvcompile.kernels.rows import Rows
+from kvcompile.kernels.spans import span_mask
 from kvcompile.kernels.units import Units, full, of_units, reads_next
 
 __all__ = ["Means", "Place", "Plainly", "keep_mask", "reads_next", "region_mask"]
@@ -114,6 +115,11 @@ def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor, p
             mask = (pos - unit.offset).div(unit.size, rounding_mode="floor") == (now - unit.offset).div(
                 unit.size, rounding_mode="floor"
             )
+        case "own" | "pow2":
+            assert region.unit is not None
+            mask = _by_distance(region.kind, plan.unit(region.unit), pos, now)
+        case "span":
+            mask = span_mask(plan, region, pos, rows.now, place)
         case "random":
             mask = _at_random(region, rows, count, place)
         case "picked":
@@ -122,6 +128,13 @@ def region_mask(plan: PolicyPlan, region: Region, rows: Rows, numbers: Tensor, p
         case other:
             raise NotImplementedError(f"region {other}")
     return mask & rows.resident & (pos >= 0)
+
+
+def _by_distance(kind: str, unit: UnitPlan, pos: Tensor, query: Tensor) -> Tensor:
+    """Entries in the unit of the query, or in units that are 1, 2, 4, 8, ... before it."""
+    own, of = ((x - unit.offset).div(unit.size, rounding_mode="floor") for x in (query, pos))
+    far = own - of
+    return (far == 0) if kind == "own" else (far > 0) & (far & (far - 1) == 0)
 
 
 def _at_random(region: Region, rows: Rows, count: Tensor, place: Place) -> Tensor:

@@ -21,6 +21,7 @@ from kvcompile.kernels.judge import carry_out, gather_in_place, judging, met, nu
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region, Selection, UnitPlan
 from kvcompile.kernels.ranks import everyone, gathered
+from kvcompile.kernels.reads import with_reads
 from kvcompile.kernels.rows import Rows
 from kvcompile.kernels.select import Plainly, keep_mask, region_mask
 from kvcompile.kernels.shares import by_cover, by_softmax
@@ -58,6 +59,8 @@ def note_scores(plan: PolicyPlan, cls: int, site: Site, b: int, scale: float, fr
     formulas = [term.score for term in terms] + [s for i in shares if (s := plan.shares[i].score) is not None]
     formulas += [e for unit in plan.units for _, e in unit.landmarks]
     rows, order, index = gather_in_place(plan, site, [b], heads, reads_keys(formulas), scale, fresh)
+    if any(source.kind in ("forward", "sample") for source in sources_of(formulas)):
+        rows = with_reads(plan, site, [b], heads, rows, fresh)
     rows = met(plan, cls, site, with_queries(plan, site, [b], heads, rows, sources_of(formulas), fresh))
     for i, term in enumerate(terms):
         _note(plan, site, f"@score:{cls}:{i}", index, order, _score(plan, part, site, b, rows, term, set(shares)))

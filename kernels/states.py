@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from kvcompile.kernels.gather import Fresh, gather_rows, placed, sampled, sequen
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import Expr, PolicyPlan, QuerySource, StatePlan, Update, evidence_of, words_of
 from kvcompile.kernels.ranks import across
+from kvcompile.kernels.reads import HELD, held_set, holds_sets, with_reads
 from kvcompile.kernels.rotary import rotate
 from kvcompile.kernels.rows import Queries, Rows, readable_by
 
 BLOCK = 256  # queries whose probabilities are held at a time
 Weights = Mapping[str, Tensor]
+UNTRAINED: Weights = MappingProxyType({})  # of a policy without trained scores
 Growth = Callable[[tuple[StatePlan, ...], Rows, Fresh], dict[str, Tensor]]
 
 
@@ -164,11 +167,14 @@ def observe(
         fresh = _real_only(fresh, first_states(plan, site, b, fresh, weights))
         stop = q.shape[2] - int(site.clock[b, Clock.PEEK])
         own = out[:, b, :, stop - fresh.real : stop]
-        if not updates and all(s.add is None for s in plan.states):
+        if not updates and all(s.add is None for s in plan.states) and not holds_sets(plan):
             own.copy_(fresh.state)
             continue
         rows, order, index = gather_rows(plan, site, [b], heads, True, scale, fresh)
         rows = replace(rows, weights=weights, state=dict(rows.state), across=across(plan, None, int(site.layer)))
+        rows = with_reads(plan, site, [b], heads, rows, fresh)
+        if holds_sets(plan):
+            rows.state[HELD] = held_set(plan, rows, _asked(rows, fresh, slice(fresh.real - 1, fresh.real)))
         for name, more in growth(tuple(s for s in plan.states if s not in in_turn), rows, fresh).items():
             rows.state[name] = rows.state[name] + more
         if updates:

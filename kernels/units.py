@@ -70,7 +70,12 @@ def full(rows: Rows, unit: UnitPlan, needs_next: bool) -> Tensor:
     """Entries whose unit, and the next one where the score reads it, has been seen whole: bool [rows, n]."""
     which = (rows.pos - unit.offset).div(unit.size, rounding_mode="floor")
     last = unit.offset + (which + (2 if needs_next else 1)) * unit.size - 1
-    return (which >= 0) & (last <= rows.now[:, None])
+    return (which >= 0) & (last <= seen_until(rows)[:, None])
+
+
+def seen_until(rows: Rows) -> Tensor:
+    """The newest position by which a unit counts as full, int64 [rows]: for a query that reads, the one before it."""
+    return rows.now - int(rows.asking)
 
 
 def reads_next(term: Selection, unit: UnitPlan) -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvcompile.plain import session
     from kvcompile.reporting import report
     from kvcompile.saving import load_cache, save_cache
+    from kvcompile.spans import Spans
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "KvCache",
     "KvCompileError",
     "PolicyError",
+    "Spans",
     "__version__",
     "evaluate",
     "explain",
@@ -50,6 +52,7 @@ _HOMES = {
     "KvCache": "kvcompile.cache",
     "KvCompileError": "kvcompile.kernels.errors",
     "PolicyError": "kvcompile.dsl.diagnostics",
+    "Spans": "kvcompile.spans",
     "evaluate": "kvcompile.evaluation.evaluate",
     "explain": "kvcompile.passes.explain",
     "export": "kvcompile.exporting",

@@ -22,6 +22,7 @@ from kvcompile.guard import guarded
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.sizes import parse_bytes
 from kvcompile.limits import Limit, with_sequences
+from kvcompile.off import Silenced, silence
 from kvcompile.passes import Compiled
 from kvcompile.passes.facts import text_config
 from kvcompile.passes.sites import AttentionSite, find_sites
@@ -45,6 +46,7 @@ class Optimized:
         self.configs = configs  # every module with the configuration that it had
         self.generate = generate  # an instance's own generate, where it had one
         self.request = request
+        self.silenced: list[Silenced] = []  # modules of layers that are off
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise no_copies()
@@ -106,9 +108,11 @@ def _install(
     """Give the model and its decoder layers forwards of their own, and the model a generate(); all or nothing."""
     forward = OptimizedForward(model, engine)
     before, configs = vars(model).get("generate"), _own_config(model)
-    model.__dict__["_kvcompile"] = Optimized(choice.compiled, forward, sites, choice.backend, configs, before, request)
+    state = Optimized(choice.compiled, forward, sites, choice.backend, configs, before, request)
+    model.__dict__["_kvcompile"] = state
     try:
         _set_attention(model)
+        state.silenced = silence(sites, engine.plan.off)
         for site in sites:
             site.layer.forward = LayerForward(engine.layers, site.layer, site.index)
         model.forward = forward
@@ -136,6 +140,8 @@ def restore(model: nn.Module) -> nn.Module:
         own = vars(site.layer).get("forward")
         if isinstance(own, LayerForward):
             _put_back(site.layer, own, own.plain)
+    for silenced in state.silenced:
+        _put_back(silenced.module, silenced.ours, silenced.before)
     for name in ("generate", *(n for n in CONTINUOUS if vars(model).get(n) is refuse_continuous)):
         vars(model).pop(name, None)
     if state.generate is not None:

@@ -24,6 +24,7 @@ from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.ranks import sharded
 from kvcompile.limits import Limit
+from kvcompile.off import refuse_off
 from kvcompile.passes import Compiled, compile_policy
 from kvcompile.passes.facts import model_facts
 from kvcompile.passes.open_anchors import gathered_evictions
@@ -42,6 +43,7 @@ from kvcompile.placement import (
 )
 from kvcompile.probe import run_probes
 from kvcompile.rotary import RopeTable
+from kvcompile.telling import refuse_peeked
 from kvcompile.weights import load_weights
 
 Sites = tuple[AttentionSite, ...]
@@ -114,6 +116,8 @@ def choose(model: nn.Module, sites: Sites, processes: Processes | None, request:
     if asked:  # only now, because a probe takes a forward and a policy with mistakes none
         compiled = request.compiled(facts, of_all_processes(processes, run_probes(model, sites, asked)))
     whole = compiled.plan
+    refuse_off(sites, whole.off)
+    refuse_peeked(whole)
     if processes is not None:
         compiled = replace(compiled, plan=sharded(whole, processes, processes.key, local_bytes(model)))
     return Choice(compiled, whole, backend, inner, home, request.compile in GRAPHED)
@@ -137,7 +141,7 @@ def engine_of(sites: Sites, choice: Choice, parts: Parts, limit: Limit) -> Engin
     """Make the program known to the operators, and put together what the model's forward runs on."""
     plan, scale = choice.compiled.plan, sites[0].scale
     key = ops.register(parts.program)
-    layers = Layers(plan.name, choice.inner, variants_of(plan.facts, scale))
+    layers = Layers(plan.name, choice.inner, variants_of(plan.facts, scale), plan.off)
     tail = gathered_evictions(plan, key, scale, len(Site._fields))
     sinks = tuple(local(cast(Tensor, site.attention.sinks)) for site in sites) if plan.facts.sinks else ()
     return Engine(

@@ -22,6 +22,7 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.run import Run
 from kvcompile.sequences import Sequences
+from kvcompile.spans import Spans
 from kvcompile.store import ExtentStore, PagedStore, on_device
 
 
@@ -130,6 +131,7 @@ class KvCache(Cache):
             for b in cut:
                 self._crop(b, seen[b], slides)
             self.columns -= max(gone)
+            self.tell([s.spans for s in self.sequences.each])
 
     def _crop(self, b: int, seen: int, slides: bool) -> None:
         """One sequence; slides: entries that have left their layer's sliding window go, too."""
@@ -141,6 +143,13 @@ class KvCache(Cache):
         since = self._put_back(b, seen)
         self.run.take_back(b, gone, gone if seen >= seq.prompt else seq.steps)
         self.sequences.crop(b, seen, since)
+        seq.spans = None if seq.spans is None else seq.spans.upto(seen)
+
+    def tell(self, spans: Sequence[Spans | None]) -> None:
+        """What is said of each sequence's stretches and positions, from now on."""
+        for seq, of in zip(self.sequences.each, spans, strict=True):
+            seq.spans = of
+        self.store.tell(spans)
 
     def remember(self, new: list[int]) -> None:
         """Before a draft of so many tokens per sequence: keep what it will overwrite of the newest queries."""
@@ -180,6 +189,7 @@ class KvCache(Cache):
             self.run.select(chosen)
             self.batch = len(chosen)
             self._ring = []
+            self.tell([s.spans for s in self.sequences.each])
 
     def clone(self) -> KvCache:
         """A cache of its own with the same content; both go on apart from each other."""
@@ -205,6 +215,7 @@ class KvCache(Cache):
             made.columns = max(c.columns for c in caches)
             made.sequences.each = [s.copy() for c in caches for s in c.sequences.each]
             made.run.take_over([c.run for c in caches])
+            made.tell([s.spans for s in made.sequences.each])
         return made
 
     def _like(self, batch: int) -> KvCache:

@@ -1,4 +1,4 @@
-"""`kvcompile learn`: which heads shall a policy's learned class have?
+"""`kvcompile learn`: which heads shall a policy's learned class have, or which units shall its queries read?
 
 Takes a policy with a `learn` block, a model folder and data; writes a file for `--table`, says on stdout what is in it.
 Guarantees: what is wrong with options, policy or the place of the result is found before the model is loaded; an
@@ -18,7 +18,10 @@ import typer
 from kvcompile import cli_options as shared
 
 if TYPE_CHECKING:
+    from kvcompile.learning.block_gates import LearnedGates
+    from kvcompile.learning.learn import Learned
     from kvcompile.learning.masks import HeadScores
+    from kvcompile.passes.learning import DistilPlan
 
 METHODS = ("train", "quick", "probe:induction", "probe:echo")
 TRAINING = ("data", "steps", "batch", "lr", "checkpoint", "draws")  # options that the other methods have no use for
@@ -35,7 +38,7 @@ def learn(
     method: Annotated[str, typer.Option("--method", metavar="HOW", help=", ".join(METHODS) + ".")] = "train",
     name: shared.PolicyName = None,
     heads: Annotated[
-        str | None, typer.Option("--heads", metavar="CLASS", help="Which class, where several are learned.")
+        str | None, typer.Option("--heads", metavar="CLASS", help="Which class or score, where several are learned.")
     ] = None,
     settings: shared.Settings = None,
     keep: Annotated[
@@ -67,7 +70,7 @@ def learn(
     compile_how: Annotated[str, typer.Option("--compile", metavar="HOW", help="off, eager or inductor.")] = "off",
     as_json: shared.AsJson = False,
 ) -> None:
-    """Learn which heads a policy's learned class has, and write them as a table."""
+    """Learn which heads a policy's learned class has, or which units its queries read, and write a file of it."""
     shared.choice(method, METHODS, "--method")
     shared.choice(dtype, ("auto", "bf16", "fp32"), "--dtype")
     shared.choice(compile_how, ("off", "eager", "inductor"), "--compile")
@@ -75,10 +78,10 @@ def learn(
     _check_use(method, given)
     params = shared.parameters(settings)
     _check_out(out)
+    from kvcompile.learning.learn import Learned, part_kept, refuse_for_units
     from kvcompile.learning.learn import learn as learned
-    from kvcompile.learning.learn import part_kept
     from kvcompile.passes.facts import model_facts
-    from kvcompile.passes.learning import compile_learn
+    from kvcompile.passes.learning import DistilPlan, compile_learn
 
     for key in params:  # learn would take them for its own
         if key in inspect.signature(learned).parameters:
@@ -86,6 +89,9 @@ def learn(
     # Before any weight is read: the policy's mistakes, and a part that marks no head.
     facts = model_facts(shared.load_config(model))
     plan = compile_learn(policy, facts, name=name, heads=heads, **params)
+    if isinstance(plan, DistilPlan):
+        _check_units(plan, out, method)
+        refuse_for_units(keep=keep, draws=draws, gradient_checkpointing=gradient_checkpointing, compile=compile_how)
     kept = part_kept(plan.keep if keep is None else keep, facts.layers * facts.kv_heads)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     first = os.environ.get("RANK", "0") == "0" or not several
@@ -106,20 +112,19 @@ def learn(
             saved = f"; the state is in {checkpoint}, the same command goes on from it" if there else ""
             print(f"interrupted{saved}", file=sys.stderr)
             raise typer.Exit(1) from None
-        scores = found.scores
     else:
         with shared.progress("measuring heads"):
-            scores = _measured(method, decoder, plan, length, seed)
+            found = Learned(_measured(method, decoder, plan, length, seed), kept, ())
     if not first:
         return
-    scores.save(out, kept)
+    found.save(out)
     use = f"--table {plan.heads}={out}"
     if as_json:
-        shared.print_json(_as_data(scores, kept, out, use))
-    else:
-        for line in _lines(scores, kept, plan.heads):
-            typer.echo(line)
-        typer.echo(f"written: {out}; use it with {use}")
+        shared.print_json(_as_data(found, out, use))
+        return
+    for line in _lines(found, plan.heads) if isinstance(found, Learned) else _gate_lines(found):
+        typer.echo(line)
+    typer.echo(f"written: {out}; use it with {use}")
 
 
 def _check_use(method: str, given: dict[str, Any]) -> None:
@@ -154,20 +159,45 @@ def _measured(method: str, decoder: Any, plan: Any, length: int | None, seed: in
     return probe_scores(decoder, method.removeprefix("probe:"), length)
 
 
-def _as_data(scores: HeadScores, keep: Any, out: Path, use: str) -> dict[str, Any]:
-    chosen = None if keep is None else sorted(scores.chosen(keep))
+def _check_units(plan: DistilPlan, out: Path, method: str) -> None:
+    if method != "train":
+        raise typer.BadParameter(f"{method} measures heads, and `{plan.heads}` is a score of units: train it",
+                                 param_hint="--method")  # fmt: skip
+    if out.suffix != ".safetensors":
+        raise typer.BadParameter(f"{out}: gates of units are written as .safetensors", param_hint="--out")
+
+
+def _as_data(found: Learned | LearnedGates, out: Path, use: str) -> dict[str, Any]:
+    from kvcompile.learning.block_gates import LearnedGates
+
+    if isinstance(found, LearnedGates):
+        return {"out": str(out), "use": use, "trained": found.trained.as_json(), "provenance": found.provenance}
+    keep, scores = found.keep, found.scores
     return {
         "out": str(out),
         "use": use,
         "keep": None if keep is None else str(keep),
-        "heads": chosen,  # [layer, KV head]
+        "heads": None if keep is None else sorted(scores.chosen(keep)),  # [layer, KV head]
         "scores": scores.values,
         "provenance": scores.provenance,
     }
 
 
-def _lines(scores: HeadScores, keep: Any, heads: str) -> list[str]:
+def _gate_lines(found: LearnedGates) -> list[str]:
+    """What the gates see, and how the training ended."""
+    trained, first, last = found.trained, found.history[0], found.history[-1]
+    layers = sum(name.endswith(".k") for name in found.tensors)
+    queries = "the mean of a unit's queries" if trained.queries == "pooled" else "each query alone"
+    return [
+        f"gates of {layers} layers, for {queries} and the {', '.join(trained.landmarks)} of {trained.keys} over units "
+        f"of {trained.unit} tokens",
+        *(f"{name}: {first[name]:.4g} at first, {last[name]:.4g} at the end" for name in ("loss", "recall")),
+    ]
+
+
+def _lines(found: Learned, heads: str) -> list[str]:
     """The heads of each layer, or their scores where no part was asked for, and how the training ended."""
+    scores, keep = found.scores, found.keep
     chosen = None if keep is None else scores.chosen(keep)
     lines = [f"{'layer':>5}  {'kept':>7}  {heads}" if chosen is not None else f"{'layer':>5}  scores"]
     for layer, row in enumerate(scores.values):
@@ -176,7 +206,7 @@ def _lines(scores: HeadScores, keep: Any, heads: str) -> list[str]:
             continue
         own = [head for head in range(len(row)) if (layer, head) in chosen]
         lines.append(f"{layer:5}  {f'{len(own)} of {len(row)}':>7}  {_listed(own)}".rstrip())
-    if chosen is not None:
+    if chosen is not None and keep is not None:
         lines.append(f"kept {len(chosen)} of {scores.heads} KV heads ({float(keep) * 100:g}% was asked for)")
     metrics = scores.provenance.get("metrics") or {}
     if metrics:

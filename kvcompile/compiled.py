@@ -156,6 +156,7 @@ class Layers:
     policy: str
     inner: str
     variants: tuple[Variant, ...]
+    off: tuple[int, ...] = ()  # layers without attention
     records: list[GraphRecord] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
     _callables: dict[tuple[str, int], Callable[..., Any]] = field(default_factory=dict)
@@ -168,13 +169,16 @@ class Layers:
 
     def kind(self, layer: nn.Module, index: int) -> int:
         """The number of a layer's kind: layers of one kind run one graph."""
-        return self._kinds.setdefault((self.variants[index], kind_of(layer)), len(self._kinds))
+        variant = None if index in self.off else self.variants[index]
+        return self._kinds.setdefault((variant, kind_of(layer)), len(self._kinds))
 
     def run(self, call: Call, at: LayerForward, args: Any, kwargs: Any) -> Any:
         """One decoder layer's forward under a call."""
         layer, index, plain = at.layer, at.index, at.plain
-        anchor = Anchor(call.phase, call.site, list(call.sites[index]), self.variants[index])
-        kwargs[CARRIERS.get(type(layer).__name__, "kvc")] = Closed(anchor) if at.hooked else anchor
+        live = index not in self.off
+        if live:
+            anchor = Anchor(call.phase, call.site, list(call.sites[index]), self.variants[index])
+            kwargs[CARRIERS.get(type(layer).__name__, "kvc")] = Closed(anchor) if at.hooked else anchor
         # A forward that someone else has put there does more than the class's own, so it runs as it is.
         if not call.compiled or self.breaks or getattr(plain, "__func__", None) is not type(layer).forward:
             return plain(*args, **kwargs)
@@ -191,7 +195,8 @@ class Layers:
             # Eager anchors mean the same, so the run goes on; the report says that a graph broke and why.
             self.breaks.append(str(error))
             return plain(*args, **kwargs)
-        call.opened.append(index)
+        if live:
+            call.opened.append(index)
         return out
 
     def _backend(self, phase: str) -> Callable[..., Any]:
@@ -256,7 +261,8 @@ def _mark_pools(site: Site) -> None:
         torch._dynamo.maybe_mark_dynamic(pool, 0)
     torch._dynamo.maybe_mark_dynamic(site.state, 1)
     torch._dynamo.maybe_mark_dynamic(site.table, 1 if site.paged else 0)
-    for table, dim in ((site.picked, 3), (site.rope, 1)):
+    grows = ((site.picked, 3), (site.rope, 1), (site.marks, 2), (site.edges, 2))
+    for table, dim in (*grows, (site.segment, 1), (site.links, 2), (site.links, 3)):
         if table.shape[dim]:
             torch._dynamo.maybe_mark_dynamic(table, dim)
 

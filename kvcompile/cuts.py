@@ -15,11 +15,33 @@ from kvcompile.store import to_device
 
 
 def positions_of(cache: KvCache, pieces: list[Piece], width: int, device: torch.device) -> Tensor:
-    """Logical positions of right-aligned tokens, int64 [batch, width]; 0 where there is none."""
+    """Where the model is told that right-aligned tokens stand, int64 [batch, width]; 0 where there is none.
+
+    That is their number in the sequence, unless the caller has given positions.
+    """
     start = torch.tensor([s.seen for s in cache.sequences.each])[:, None]
     used = torch.tensor([p.new + p.peek for p in pieces])[:, None]
     offset = torch.arange(width) - (width - used)
-    return to_device(torch.where(offset >= 0, start + offset, 0), device)
+    found = torch.where(offset >= 0, start + offset, 0)
+    for line, seq, n in zip(found, cache.sequences.each, used[:, 0].tolist(), strict=True):
+        if seq.spans is not None and n:
+            line[width - n :] = torch.tensor(seq.spans.places(seq.seen, n))
+    return to_device(found, device)
+
+
+def next_positions(cache: KvCache, device: torch.device) -> Tensor:
+    """Where the model is told that each sequence's next token stands, int64 [batch, 1]."""
+    each = cache.sequences.each
+    places = [s.seen if s.spans is None else s.spans.places(s.seen, 1)[0] for s in each]
+    return to_device(torch.tensor(places)[:, None], device)
+
+
+def last_position(cache: KvCache, columns: Columns) -> int:
+    """The largest position that the model is told for these columns."""
+    pairs = zip(cache.sequences.each, columns, strict=True)
+    return max(
+        s.seen + len(c) - 1 if s.spans is None or not c else max(s.spans.places(s.seen, len(c))) for s, c in pairs
+    )
 
 
 def places_of(plan: PolicyPlan, cache: KvCache, width: int) -> int:

@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompile.kernels.plan import STEP_TRIGGERS, Expr, PolicyPlan
+from kvcompile.kernels.plan import STEP_TRIGGERS, Expr, PolicyPlan, ReadPlan, Region
+from kvcompile.kernels.reads import chooses_once
 from kvcompile.kernels.states import follow_reads
 
 
@@ -53,11 +54,29 @@ def why_not(plan: PolicyPlan) -> str:
         kinds = [t.kind for t in cls.triggers if t.kind in STEP_TRIGGERS and t.kind != "slide"]
         if kinds and not cls.keeps_all:
             return f"{plan.name} evicts while it decodes (class {cls.name}, `at {kinds[0]}`)"
+    for read in plan.reads:
+        if odd := _by_step(plan, read):
+            return f"{plan.name} reads by {odd} (rows {read.name}), which is of one step and not of several at once"
     if follow_reads(plan):
         return f"{plan.name} has states that every read changes"
     starts = [s.init for s in plan.states] + [e for u in plan.updates for _, e in u.assigns]
     if any(_counts_steps(e) for e in starts):
         return f"{plan.name} has states that start from `step` or `chunk`"
+    return ""
+
+
+def _by_step(plan: PolicyPlan, read: ReadPlan) -> str:
+    """What of a read is known for one step at a time; empty where each token of a draft reads as a step would."""
+    if read.holds:
+        return "a set that some steps take over from the one before"
+    for rule in read.rules:
+        if rule.pick is not None or any(isinstance(t, Region) and t.kind == "picked" for t in rule.terms):
+            return "what another layer has picked"
+        if any(chooses_once(t) for t in rule.selections):
+            return "a choice that all queries of a forward share"
+        counts = [plan.counts[t.count].expr for t in rule.terms if t.count is not None]
+        if any(n.op == "scalar" and n.value != "prompt" for e in counts for n in e.walk()):
+            return "a count that changes from step to step"
     return ""
 
 

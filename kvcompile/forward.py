@@ -17,7 +17,16 @@ from torch import Tensor, fx
 from kvcompile.cache import KvCache
 from kvcompile.compiled import Call, Layers, no_copies
 from kvcompile.cuda_graphs import AHEAD, StepGraphs
-from kvcompile.cuts import cuts_of, is_aligned, keep_columns, last_only, places_of, positions_of
+from kvcompile.cuts import (
+    cuts_of,
+    is_aligned,
+    keep_columns,
+    last_only,
+    last_position,
+    next_positions,
+    places_of,
+    positions_of,
+)
 from kvcompile.drafting import drafted
 from kvcompile.guard import Traffic
 from kvcompile.health import refuse_nan
@@ -40,8 +49,10 @@ from kvcompile.reserve import reserve_prefill
 from kvcompile.rotary import RopeTable, angles_upto
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
+from kvcompile.spans import Spans
 from kvcompile.store import PagedStore, on_device, to_device
 from kvcompile.stub import StubCache
+from kvcompile.telling import said_of, take_spans
 
 
 @dataclass
@@ -109,6 +120,7 @@ class OptimizedForward:
             raise KvCompileError("give exactly one of input_ids and inputs_embeds")
         refuse_empty(tokens)
         as_tuple = kwargs.pop("return_dict", None) is False
+        spans = kwargs.pop("spans", None)
         # A cache outlives the mode that it was made in, and inference tensors could not be written to later.
         with torch.inference_mode(False), torch.no_grad(), self.traffic.inside():
             cache = self._cache(past_key_values, tokens)
@@ -118,6 +130,7 @@ class OptimizedForward:
                 with self.traffic.forwards:
                     tokens, embedded, kwargs = with_images(self.model, self.original, Inputs(tokens, embedded, kwargs))
             check_positions(cache, columns, position_ids)
+            take_spans(cache, columns, said_of(self.model) if spans is None else spans)
             refuse_beside(self.engine.plan, columns, tokens.shape[1], kwargs)
             if wants_hidden_states(self.model, kwargs):
                 refuse_pieces(self.engine.plan, columns, tokens.shape[1])
@@ -157,14 +170,19 @@ class OptimizedForward:
             cache.loose = False
         if cache.store.device.type == "cpu" or cache.guard.touched != "step":  # elsewhere a step must not wait
             seen = [was[0] for was in former]
-            refuse_nan(cache, output.logits, lambda: self._again(tokens, columns, seen, kwargs, embeds))
+            spans = [s.spans for s in cache.sequences.each]
+            refuse_nan(cache, output.logits, lambda: self._again(tokens, columns, seen, spans, kwargs, embeds))
         return output
 
-    def _again(self, tokens: Tensor, columns: Columns, seen: list[int], kwargs: dict[str, Any], embeds: bool) -> None:
+    def _again(
+        self, tokens: Tensor, columns: Columns, seen: list[int], spans: list[Spans | None], kwargs: dict[str, Any],
+        embeds: bool,
+    ) -> None:  # fmt: skip
         """A call once more, layer by layer, at the same positions of a cache of its own that holds nothing."""
         cache, engine = self.new_cache(tokens.shape[0], tokens.device), self.engine
         for s, n in zip(cache.sequences.each, seen, strict=True):
             s.seen = n
+        cache.tell(spans)
         self.engine = replace(engine, compiled=False, graphs=None, tail=None)
         try:
             self._forward(tokens, columns, cache, 1, kwargs, embeds)
@@ -267,8 +285,7 @@ class OptimizedForward:
         pieces = [Piece(len(c), step=True) if c else Piece(0) for c in columns]
         wide = tokens.shape[1] > 1
         newest = gather_columns(tokens, columns, 1) if wide else tokens
-        positions = to_device(torch.tensor([[s.seen] for s in cache.sequences.each]), tokens.device)
-        output = self._run(newest, positions, pieces, "step", cache, 0, kwargs, name)
+        output = self._run(newest, next_positions(cache, tokens.device), pieces, "step", cache, 0, kwargs, name)
         if wide and not last_only(keep):
             output.logits = keep_columns(scatter_columns(output.logits, columns, pieces, None, tokens.shape[1]), keep)
         return output
@@ -288,7 +305,7 @@ class OptimizedForward:
         newest = last_only(keep)
         logits: Tensor | None = None
         reserve_prefill(cache, [cut.pieces for cut in cuts])
-        last = max(s.seen + len(c) for s, c in zip(cache.sequences.each, columns, strict=True)) - 1
+        last = last_position(cache, columns)
         for parts, both, pieces in cuts:
             ends = [p.ends for p in pieces]
             width = tokens.shape[1] if aligned else max(p.new + p.peek for p in pieces)
@@ -333,7 +350,7 @@ class OptimizedForward:
         # A piece of one token would specialise the graph of longer ones.
         compiled = engine.compiled and (phase == "step" or tokens.shape[1] > 1)
         sites = store.sites()
-        evicts = phase == "step" and bool(fires.any())
+        evicts = phase == "step" and bool(fires[: len(engine.plan.classes)].any())
 
         def forward(tokens: Tensor, positions: Tensor) -> Any:
             call = Call(phase, engine.site, sites, compiled)
@@ -369,10 +386,10 @@ class OptimizedForward:
         engine = self.engine
         if engine.tail is None or not call.opened:
             return
-        if len(call.opened) == len(call.sites):
-            engine.tail(*[t for site in call.sites for t in site])
-            return
         stores = [t for index in call.opened for t in call.sites[index]]
+        if len(call.opened) + len(engine.plan.off) == len(call.sites):
+            engine.tail(*stores)
+            return
         torch.ops.kvc.evict_step_v1(stores, len(call.opened), engine.scale, call.site)
 
     def _evict_span(self, call: Call, fires: Tensor, ends: bool) -> Tensor | None:

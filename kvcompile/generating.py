@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kvcompile.drafting import drafting, why_not
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.telling import saying
 
 _REMOTE = "transformers runs it only as code from a remote repository, which"
 _REFUSED = {
@@ -44,7 +45,11 @@ def checked_generate(model: nn.Module, plan: PolicyPlan) -> Any:
     original = model.generate
 
     @functools.wraps(original)  # type: ignore[arg-type]
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    def generate(*args: Any, spans: Any = None, **kwargs: Any) -> Any:
+        if spans is not None:  # transformers would not know the argument
+            _refuse_with_spans(plan, args, kwargs, model)
+            with saying(model, spans):
+                return generate(*args, **kwargs)
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
 
         def option(key: str) -> Any:
@@ -72,6 +77,19 @@ def checked_generate(model: nn.Module, plan: PolicyPlan) -> Any:
         return original(*args, **kwargs)  # type: ignore[operator]
 
     return generate
+
+
+def _refuse_with_spans(plan: PolicyPlan, args: tuple[Any, ...], kwargs: dict[str, Any], model: Any) -> None:
+    """What stretches of a prompt do not go with, since they are of one prompt that runs in one forward."""
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(given, "prompt_lookup_num_tokens", None)
+    if kwargs.get("assistant_model") is not None or lookup:
+        raise KvCompileError("spans= is not supported with assisted decoding: leave the assistant out")
+    if (kwargs.get("prefill_chunk_size") or getattr(given, "prefill_chunk_size", None)) and plan.chunk is None:
+        raise KvCompileError(
+            "spans= is not supported with prefill_chunk_size, which makes a prompt of each piece: write `at chunk(n)` "
+            "in the policy, it cuts the prompt"
+        )
 
 
 def _refuse(option: Any) -> None:

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.extent import extent
+from kvcompile.kernels.landmarks import forget
 from kvcompile.kernels.layout import Site, compact
 from kvcompile.kernels.states import follow_reads
 from kvcompile.sharing import Shared
 from kvcompile.store import POOLS, ExtentStore, PagedStore, Pools, Store
 
 # What stands beside the pools and belongs to a sequence: name and the dimension that counts sequences.
-_BESIDE = (("ring", 1), ("picked", 1), ("clock", 0), ("counts", 2), ("fires", 1))
+_BESIDE = (
+    ("ring", 1), ("picked", 1), ("clock", 0), ("counts", 2), ("fires", 1), ("marks", 1), ("edges", 1), ("marked", 1),
+)  # fmt: skip
 
 
 def select(store: Store, sequences: Sequence[int]) -> None:
@@ -50,9 +53,15 @@ def join(store: Store, parts: Sequence[Store]) -> None:
     store.cover(max(s.picked.shape[3] for s in parts))
     store.ring = torch.cat([s.ring for s in parts], 1)
     store.scalar = torch.cat([s.scalar for s in parts], 2)
+    store.cover(store.landmarks.span * max(s.marks.shape[2] for s in parts))
     at = 0
     for part in parts:
-        store.picked[:, at : at + part.batch, :, : part.picked.shape[3]] = part.picked
+        own = slice(at, at + part.batch)
+        store.picked[:, own, :, : part.picked.shape[3]] = part.picked
+        for name in ("marks", "edges"):
+            held = getattr(part, name)
+            getattr(store, name)[:, own, : held.shape[2]] = held
+        store.marked[:, own] = part.marked
         at += part.batch
     if isinstance(store, PagedStore):
         _join_pages(store, [s for s in parts if isinstance(s, PagedStore)])
@@ -83,6 +92,7 @@ def cut(store: Store, sequence: int, seen: int, slides: bool = False) -> None:
         compact(site, index, _until(site, index, seen, reach), by_position=True)
         if isinstance(store, PagedStore):
             store.upper[start : start + kv_heads] = site.length[start : start + kv_heads].long().cpu()
+    forget(store.marked, store.landmarks, sequence, seen)
     store.settle()
 
 

@@ -265,6 +265,11 @@ def _refuse_policy(compiled: Compiled) -> None:
             f"policy {compiled.plan.name!r} measures heads of the model, which needs a transformers model: give the "
             "heads as a table"
         )
+    if compiled.plan.off:
+        raise KvCompileError(
+            f"policy {compiled.plan.name!r} takes out the attention of whole layers (`off`), which needs a transformers "
+            "model: in a graph nothing tells which part of a layer is its attention"
+        )
     if compiled.plan.rotates:
         raise KvCompileError(
             f"policy {compiled.plan.name!r} turns keys by itself (`positions compact`, `raw.k`), which needs the "

@@ -67,7 +67,10 @@ def _bounds(
             most = most_entries(plan, seq, [layer[b] for layer in lengths], pieces, own)
             for layer, rows in enumerate(most):
                 lengths[layer][b] = rows
-    return [[rows[head] + draft for rows in by_sequence for head in own] for by_sequence in lengths]
+    return [
+        [0 if layer in plan.off else rows[head] + draft for rows in by_sequence for head in own]
+        for layer, by_sequence in enumerate(lengths)
+    ]
 
 
 def _planned(
@@ -87,6 +90,8 @@ def _planned(
     places = max(seq.seen + n for seq, n in zip(cache.sequences.each, tokens, strict=True)) + plan.peek + draft
     size = max(256, 1 << places.bit_length())  # of tables that grow by doubling
     grown = plan.picks * part * plan.facts.kv_heads * max(0, size - store.picked.shape[3])
+    own = store.marks.nbytes + store.edges.nbytes + store.marked.nbytes
+    grown += max(0, part * store.landmarks.nbytes(places) - part * own // cache.batch)
     grown += plan.rotates * 8 * plan.facts.head_dim * max(0, size - store.rope.shape[1])
     now = most = -(-store.bytes_allocated() * part // cache.batch) + grown
     if isinstance(store, PagedStore):
@@ -94,7 +99,7 @@ def _planned(
     else:
         held = store.length.tolist()
         sizes = [max(sum(map(extent, rows)), sum(extent(n) for n in held[i] if n)) for i, rows in enumerate(bounds)]
-        pools = [(pool.slots, slots) for pool, slots in zip(store.pools, sizes, strict=True)]
+        pools = [(store.pools[layer].slots, sizes[layer]) for layer in plan.live]
     for old, new in pools:
         if new > old:  # both stand while entries move
             most, now = max(most, now + new * store.slot_bytes), now + (new - old) * store.slot_bytes

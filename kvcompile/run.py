@@ -52,6 +52,8 @@ class Run:
         facts = self.plan.facts
         self.area = torch.zeros(facts.layers, batch, facts.kv_heads, dtype=torch.int64, device=store.device)  # of nP
         self.widest = torch.zeros_like(self.area)  # P + n of each head
+        # Layers that are off read nothing of a forward either.
+        self.reads = torch.tensor([[[layer not in self.plan.off]] for layer in range(facts.layers)], device=store.device)
         self.widest_sum = torch.zeros(batch, dtype=torch.int64, device=store.device)  # the same of all heads together
         self.triangles = [0] * batch  # n(n+1)/2, the same for all heads
         self.tokens = [0] * batch
@@ -66,11 +68,11 @@ class Run:
         counts = [p.new + p.peek for p in pieces]
         if len(set(counts)) == 1:  # every step of a batch that goes on together
             self.area.add_(lengths, alpha=counts[0])
-            now = lengths + counts[0]
+            now = lengths + counts[0] * self.reads
         else:
             n = to_device(torch.tensor(counts)[:, None], self.area.device)
             self.area += lengths * n
-            now = lengths + n
+            now = lengths + n * self.reads
         # A row that gets nothing stands at no more than its latest forward did.
         torch.maximum(self.widest, now, out=self.widest)
         torch.maximum(self.widest_sum, now.sum((0, 2)), out=self.widest_sum)
@@ -136,7 +138,7 @@ class Run:
             "bytes_full": full,
             "bytes_peak": max(self.bytes_peak, self.store.bytes_allocated()),
             "lengths": lengths[:, 0].tolist(),
-            "evictions": seen * heads - entries,
+            "evictions": seen * len(self.plan.live) * facts.kv_heads - entries,
             "ceiling": (facts.weight_bytes + full) / (facts.weight_bytes + read) if facts.weight_bytes + read else 1.0,
         }
 
@@ -145,7 +147,8 @@ class Run:
         sequences of each one's own ratio, `by_head` [layer][KV head]."""
         total = torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
         heads = self.plan.facts.layers * self.plan.facts.kv_heads
-        spent = (self.area.cpu() + torch.tensor(self.triangles)[:, None]) / (total * (total + 1) / 2)[:, None]
+        triangles = torch.tensor(self.triangles)[:, None] * self.reads.cpu()
+        spent = (self.area.cpu() + triangles) / (total * (total + 1) / 2)[:, None]
         return {
             "footprint": float(spent.mean()),
             "peak": float((self.widest_sum.cpu() / (heads * total)).mean()),

@@ -28,6 +28,7 @@ from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.sealed import Found, Part, put, take
 from kvcompile.sequences import Progress
+from kvcompile.spans import Spans
 from kvcompile.store import PagedStore
 
 FORMAT = 1
@@ -35,7 +36,7 @@ HEAD = "kvcompile"  # the header's entry that describes a cache
 MAX_BATCH = 1 << 16
 MAX_NUMBER = (1 << 31) - 1  # positions are int32
 SAMPLE = 16  # numbers of each parameter by which weights are told apart
-_TABLES = ("judged", "since", "shares")  # fields of Progress that are tables; all others are numbers
+_TABLES = ("judged", "since", "shares")  # fields of Progress that are tables; all others but `spans` are numbers
 
 
 def save_cache(model: nn.Module, cache: KvCache, path: str | os.PathLike[str]) -> None:
@@ -158,8 +159,10 @@ def _differing(there: Any, here: Any) -> str:
 
 def _numbers(progress: Progress) -> dict[str, Any]:
     """One sequence's progress in JSON; tables as lists of key and value."""
-    out: dict[str, Any] = {f.name: int(getattr(progress, f.name)) for f in fields(Progress) if f.name not in _TABLES}
+    numbers = [f.name for f in fields(Progress) if f.name not in (*_TABLES, "spans")]
+    out: dict[str, Any] = {name: int(getattr(progress, name)) for name in numbers}
     return out | {
+        "spans": None if progress.spans is None else progress.spans.to_json(),
         "judged": [[c, unit, n] for (c, unit), n in progress.judged.items()],
         "since": [[c, n] for c, n in progress.since.items()],
         "shares": [[share, list(parts)] for share, parts in progress.shares.items()],
@@ -171,7 +174,7 @@ def _progress(value: Any, plan: PolicyPlan, path: Path) -> Progress:
     odd = _odd(path, "the progress of a sequence makes no sense")
     if not isinstance(value, dict) or value.keys() != {f.name for f in fields(Progress)}:
         raise odd
-    plain = {key: n for key, n in value.items() if key not in _TABLES}
+    plain = {key: n for key, n in value.items() if key not in (*_TABLES, "spans")}
     tables = [value[name] for name in _TABLES]
     if not all(_number(n, -1) for n in plain.values()) or not all(isinstance(table, list) for table in tables):
         raise odd
@@ -190,11 +193,16 @@ def _progress(value: Any, plan: PolicyPlan, path: Path) -> Progress:
     )
     if not good:
         raise odd
+    try:
+        spans = None if value["spans"] is None else Spans.from_json(value["spans"], value["seen"])
+    except KvCompileError as error:
+        raise odd from error
     return Progress(
         **{**plain, "prefilled": bool(plain["prefilled"])},
         judged={(c, unit): n for c, unit, n in judged},
         since=dict(since),
         shares={share: tuple(parts) for share, parts in shares},
+        spans=spans,
     )
 
 
@@ -221,9 +229,9 @@ def _shapes(plan: PolicyPlan, head: Mapping[str, Any], entries: list[int]) -> di
     told = max(s.seen for s in head["sequences"]) if plan.picks else 0
     out = {
         "length": Found(torch.int32, heads),
-        "ring": Found(dtype, (facts.layers, batch, facts.q_heads, plan.ring, width)),
+        "ring": Found(dtype, (len(plan.live), batch, facts.q_heads, plan.ring, width)),
         "scalar": Found(torch.float32, (plan.scalars, facts.layers, batch * facts.kv_heads)),
-        "picked": Found(torch.uint8, (plan.picks, batch, facts.kv_heads, told)),
+        "picked": Found(torch.int32, (plan.picks, batch, facts.kv_heads, told)),
         "area": Found(torch.int64, heads),
         "widest": Found(torch.int64, heads),
         "widest_sum": Found(torch.int64, (batch,)),
@@ -277,7 +285,7 @@ def _check_shapes(found: Mapping[str, Found], plan: PolicyPlan, head: Mapping[st
     entries = []
     for layer in range(plan.facts.layers):
         there = found.get(f"layers.{layer}.pos")
-        if there is None or len(there.shape) != 1 or there.shape[0] > most:
+        if there is None or len(there.shape) != 1 or there.shape[0] > most * (layer not in plan.off):
             raise _odd(path, f"the positions of layer {layer} are missing or too many")
         entries.append(there.shape[0])
     wanted = _shapes(plan, head, entries)
@@ -308,8 +316,9 @@ def _check_values(tensors: Mapping[str, Tensor], plan: PolicyPlan, head: Mapping
             raise _odd(path, f"layer {layer} has marks that are neither 0 nor 1")
         if any(bool(tensors[f"layers.{layer}.{name}"].isnan().any()) for name in "kv"):
             raise _odd(path, f"layer {layer} holds NaN in its keys or values")
-    if bool((tensors["picked"] > 1).any()):
-        raise _odd(path, "what layers have chosen is marked by neither 0 nor 1")
+    chosen = tensors["picked"]
+    if bool(((chosen < -1) | (chosen >= 1 << plan.facts.group)).any()):
+        raise _odd(path, "what layers have chosen is marked for query heads that the model does not have")
     if any(bool((tensors[name] < 0).any()) for name in ("area", "widest", "widest_sum")):
         raise _odd(path, "its account is negative")
 
@@ -331,6 +340,7 @@ def _fill(cache: KvCache, head: Mapping[str, Any], tensors: Mapping[str, Tensor]
         write(site, [base + row for row in range(len(counts))], counts, k, v, pos, frozen, state)
     cache.columns = head["columns"]
     cache.sequences.each = head["sequences"]
+    cache.tell([s.spans for s in cache.sequences.each])
     store.cover(max(s.seen for s in head["sequences"]))
     picked = tensors["picked"]
     store.picked[..., : picked.shape[3]] = picked.to(store.device)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from kvcompile.kernels.counts import all_numbers, asked_of
 from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import query_sources
 from kvcompile.kernels.judge import SLIDES
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, Trigger
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, Trigger, formulas_of
 from kvcompile.kernels.ranks import longest
 from kvcompile.kernels.states import follow_reads
 from kvcompile.kernels.units import reads_next
+from kvcompile.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Piece:
 class Progress:
     """One sequence. `seen` is its logical length; `judged` counts units per (class, unit) that had their turn; `since`
     the entries per class that came in since it last decided, or ever; `shares` the parts of measured shares, by layer;
-    `decided` how many tokens the latest decision knew; `lost` below which position queries may be missing in the ring.
+    `decided` how many tokens the latest decision knew; `lost` below which position queries may be missing in the ring;
+    `spans` what was said of its prompt's stretches and positions.
     """
 
     seen: int = 0
@@ -51,6 +54,7 @@ class Progress:
     shares: dict[int, tuple[int, ...]] = field(default_factory=dict)
     decided: int = 0
     lost: int = 0
+    spans: Spans | None = None
 
     def copy(self) -> Progress:
         return replace(self, judged=dict(self.judged), since=dict(self.since), shares=dict(self.shares))
@@ -65,7 +69,8 @@ class Sequences:
         owner = torch.tensor(plan.class_of)
         rows = [c if cls.rows_of is None else cls.rows_of for c, cls in enumerate(plan.classes)]
         self._rows = [owner == c for c in rows]  # bool [layers, kv_heads]
-        self._bits = [_bits(cls) for cls in plan.classes]
+        self._bits = [_bits(cls.name, cls.triggers) for cls in plan.classes]
+        self._read_bits = [[_bits(read.name, rule.triggers) for rule in read.rules] for read in plan.reads]
         self._newest = [max((_newest(s) for s in query_sources(cls)), default=0) for cls in plan.classes]
         self._asked = asked_of(plan)
         self._latest: tuple[object, list[tuple[int, ...]]] = None, []
@@ -105,7 +110,7 @@ class Sequences:
                 seq.shares = {index: tuple(layer[b] for layer in found[index]) for index in measured}
 
     def fires(self, pieces: list[Piece], lengths: Tensor | None) -> Tensor:
-        """Which class decides in which sequence and by which triggers, uint8 [classes, batch] as in `layout.Site`.
+        """Which class decides in which sequence and by which triggers, uint8 [classes + rules, batch], as in `Site`.
 
         `lengths` int32 [layers, batch, kv_heads] before the forward is asked for only by `full(n)`.
         """
@@ -122,8 +127,25 @@ class Sequences:
                 out[c][b] = sum(set(fired))
                 seq = self.each[b]
                 if set(fired) - {SLIDES} and seq.lost > max(0, seq.seen + piece.new - self._newest[c]):
-                    raise KvCompileError(_missing(cls, b, seq, self._newest[c]))
-        return torch.tensor(out, dtype=torch.uint8)
+                    raise KvCompileError(_missing(cls.name, b, seq, self._newest[c]))
+        return torch.tensor(out + self._rules(pieces), dtype=torch.uint8)
+
+    def _rules(self, pieces: list[Piece]) -> list[list[int]]:
+        """Which rule of `plan.reads` fires in which sequence, line by line; a draft's tokens are steps."""
+        lines = []
+        for read, of_rules in zip(self.plan.reads, self._read_bits, strict=True):
+            for rule, bits in zip(read.rules, of_rules, strict=True):
+                width = max((_newest(s) for s in sources_of(formulas_of(rule))), default=0)
+                line = []
+                for b, piece in enumerate(pieces):
+                    plain = replace(piece, new=min(piece.new, 1)) if piece.step else piece
+                    fired = {bit for bit, t in bits if piece.new and self._fires(-1, t, b, plain, 0)}
+                    line.append(sum(fired))
+                    seq = self.each[b]
+                    if fired and seq.lost > max(0, seq.seen + piece.new - width):
+                        raise KvCompileError(_missing(read.name, b, seq, width))
+                lines.append(line)
+        return lines
 
     def _fires(self, c: int, trigger: Trigger, b: int, piece: Piece, longest: int) -> bool:
         seq = self.each[b]
@@ -219,20 +241,20 @@ def _newest(source: QuerySource) -> int:
     return {"last": source.width, "peek": source.width, "previous": 2}.get(source.kind, 1)
 
 
-def _missing(cls: ClassPlan, b: int, seq: Progress, width: int) -> str:
+def _missing(name: str, b: int, seq: Progress, width: int) -> str:
     return (
-        f"{cls.name} is to decide by the newest {width} queries of sequence {b}, and crop() has taken some back that "
+        f"{name} is to decide by the newest {width} queries of sequence {b}, and crop() has taken some back that "
         f"had replaced those before position {seq.lost}: feed at least {seq.lost + width - seq.seen} tokens at once, "
         "or run the conversation again without a cache"
     )
 
 
-def _bits(cls: ClassPlan) -> list[tuple[int, Trigger]]:
+def _bits(name: str, triggers: tuple[Trigger, ...]) -> list[tuple[int, Trigger]]:
     """The bit of `Site.fires` that says of each trigger that it has fired; those without a condition share one."""
     found, bit = [], 1
-    for trigger in cls.triggers:
+    for trigger in triggers:
         bit <<= trigger.cond is not None
         found.append((SLIDES if trigger.kind == "slide" else 1 if trigger.cond is None else bit, trigger))
     if bit >= SLIDES:
-        raise KvCompileError(f"{cls.name} has more than six triggers with a condition")
+        raise KvCompileError(f"{name} has more than six triggers with a condition")
     return found

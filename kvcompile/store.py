@@ -7,7 +7,7 @@ one pool of pages for all layers. Both hand out `layout.Site` lists and count th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.layout import Clock, Site, repack
+from kvcompile.kernels.marks import layout_of
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.triton_backend.pools import refuse_overrun
 from kvcompile.limits import UNLIMITED, CacheFull, allocated
 from kvcompile.sharing import Shared
+from kvcompile.spans import Spans, tables_of
 
 POOLS = ("k", "v", "pos", "frozen", "state")
 
@@ -60,19 +62,26 @@ class Store:
         self.plan, self.batch, self.dtype, self.device = plan, batch, dtype, device
         self.rows = batch * facts.kv_heads
         self.length = torch.zeros(facts.layers, self.rows, dtype=torch.int32, device=device)
-        self.ring = torch.zeros(
-            facts.layers, batch, facts.q_heads, plan.ring, facts.head_dim, dtype=dtype, device=device
+        self.ring = torch.zeros(  # of the layers that are not off
+            len(plan.live), batch, facts.q_heads, plan.ring, facts.head_dim, dtype=dtype, device=device
         )
+        self.lines = {layer: line for line, layer in enumerate(plan.live)}  # where a layer's ring is
         self.layers = torch.arange(facts.layers, device=device)[:, None]
         self.clock = torch.zeros(batch, Clock.WIDTH, dtype=torch.int64, device=device)
         numbers = len(plan.counts) + len(plan.shares)
         self.counts = torch.zeros(facts.layers, numbers, batch, dtype=torch.int64, device=device)
-        self.fires = torch.zeros(len(plan.classes), batch, dtype=torch.uint8, device=device)
+        self.fires = torch.zeros(len(plan.classes) + plan.rules, batch, dtype=torch.uint8, device=device)
         self.scalar = torch.full((plan.scalars, facts.layers, self.rows), float("nan"), device=device)
-        self.picked = torch.zeros(plan.picks, batch, facts.kv_heads, 0, dtype=torch.uint8, device=device)
+        self.picked = torch.zeros(plan.picks, batch, facts.kv_heads, 0, dtype=torch.int32, device=device)
         self.rope = torch.zeros(2, 0, facts.head_dim, device=device)
+        self.landmarks = layout_of(plan)
+        kept = self.landmarks.count, batch
+        self.marks = torch.zeros(*kept, 0, self.landmarks.width, dtype=getattr(torch, self.landmarks.dtype), device=device)
+        self.edges = torch.zeros(*kept, 0, self.landmarks.edges, 2, dtype=torch.int32, device=device)
+        self.marked = torch.zeros(*kept, len(self.landmarks.kinds), dtype=torch.int32, device=device)
         self.reach = torch.tensor([facts.reach(i) for i in range(facts.layers)], dtype=torch.int32, device=device)
         self.sink = torch.zeros(0, facts.q_heads, device=device) if sinks is None else sinks.to(device)
+        self.segment, self.links = (t.to(device) for t in tables_of(plan, [None] * batch))
         self.limit = UNLIMITED  # what the caches of the model may take together
         self._claimed = 0  # bytes beside the pools that are about to be allocated
         self.ahead = 0  # paged: entries that every row has room for beyond its bound, where moving the pool is dear
@@ -85,14 +94,15 @@ class Store:
 
     @property
     def beside_bytes(self) -> int:
-        """What stands beside the pools: newest queries, numbers of rows, choices for later layers, RoPE tables."""
-        beside = (self.ring, self.scalar, self.picked, self.rope)
-        return sum(t.untyped_storage().nbytes() for t in beside) + self._claimed
+        """What stands beside the pools: newest queries, numbers of rows, choices, RoPE tables, landmarks."""
+        beside = (self.ring, self.scalar, self.picked, self.rope, self.marks, self.edges, self.marked)
+        return sum(t.untyped_storage().nbytes() for t in (*beside, self.segment, self.links)) + self._claimed
 
     @contextlib.contextmanager
     def claimed(self, sequences: int) -> Iterator[None]:
         """What stands beside so many more sequences counts in the block already. CacheFull without room for it."""
-        self._claimed = sequences * sum(t.nbytes for t in (self.ring, self.scalar, self.picked)) // self.batch
+        own = (self.ring, self.scalar, self.picked, self.marks, self.edges, self.marked)
+        self._claimed = sequences * sum(t.nbytes for t in own) // self.batch
         try:
             self.limit.admit(self, self.bytes_allocated())
             yield
@@ -100,16 +110,34 @@ class Store:
             self._claimed = 0
 
     def cover(self, positions: int) -> None:
-        """Let slots for later layers' choices tell positions below this; call before a forward that brings them."""
+        """Let later layers' choices and landmarks reach positions below this; call before a forward that brings them."""
         old = self.picked.shape[3]
         if self.plan.picks and positions > old:
             # Doubled, so that a graph sees a new size rarely, and never one or none.
             more = max(64, 1 << (positions - 1).bit_length()) - old
             self.picked = torch.cat([self.picked, self.picked.new_zeros(*self.picked.shape[:3], more)], 3)
+        more = self.landmarks.blocks(positions) - self.marks.shape[2]
+        if more > 0:
+            for name in ("marks", "edges"):
+                held = getattr(self, name)
+                added = held.new_zeros(*held.shape[:2], more, *held.shape[3:])
+                setattr(self, name, torch.cat([held, added], 2))
 
     def lengths(self) -> Tensor:
         """Entries per row, int32 [layers, batch, kv_heads]."""
         return self.length.view(-1, self.batch, self.plan.facts.kv_heads)
+
+    def tell(self, spans: Sequence[Spans | None]) -> None:
+        """Which stretches of the text the tokens of each sequence are in."""
+        new = (to_device(t, self.device) for t in tables_of(self.plan, spans))
+        old = self.segment, self.links  # at the old address where that fits: what has captured it goes on
+        self.segment, self.links = (a.copy_(b) if a.shape == b.shape else b for a, b in zip(old, new, strict=True))
+
+    def queries(self, layer: int) -> Tensor:
+        """A layer's ring of newest queries, [batch, q_heads, window, head_dim]; no window where the layer is off."""
+        line = self.lines.get(layer)
+        facts = self.plan.facts
+        return self.ring.new_zeros(self.batch, facts.q_heads, 0, facts.head_dim) if line is None else self.ring[line]
 
     def site(self, layer: int) -> Site:
         raise NotImplementedError
@@ -168,13 +196,16 @@ class ExtentStore(Store):
         pool = self.pools[layer]
         return Site(
             self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length[layer],
-            self.table[layer], self.free, self.top[layer], self.ring[layer], self.clock, self.counts, self.fires,
-            self.scalar[:, layer], self.picked, self.rope, self.reach, self.sink,
+            self.table[layer], self.free, self.top[layer], self.queries(layer), self.clock, self.counts, self.fires,
+            self.scalar[:, layer], self.picked, self.rope, self.reach, self.sink, self.marks, self.edges, self.marked,
+            self.segment, self.links,
         )  # fmt: skip
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
         """Make the layer's pool large enough for rows of so many entries (their sum is what counts)."""
         self._room = 0
+        if layer in self.plan.off:
+            return
         slots = sum(extent(b) for b in bounds)
         lengths = self.length[layer].tolist()
         slots = max(slots, sum(extent(n) for n in lengths if n))
@@ -186,14 +217,15 @@ class ExtentStore(Store):
         if self._room > 0:  # a step adds one entry a row
             self._room -= 1
             return
-        room = self.table[:, :, 1] - self.length
+        live = list(self.lines)
+        room = (self.table[:, :, 1] - self.length)[live]
         self._room = int(room.min()) - 1
         if self._room >= 0:
             return
         full = (room <= 0) & active.repeat_interleave(self.plan.facts.kv_heads)
         if not bool(full.any()):
             return
-        for layer in full.any(1).nonzero().flatten().tolist():
+        for layer in (live[i] for i in full.any(1).nonzero().flatten().tolist()):
             need = [extent(n) for n in self.length[layer].tolist()]
             if sum(need) > self.pools[layer].slots:
                 self.resize(layer, sum(need))
@@ -256,6 +288,7 @@ class PagedStore(Store):
         rows = plan.facts.layers * self.rows
         self.length = torch.zeros(rows, dtype=torch.int32, device=device)
         self.upper = torch.zeros(rows, dtype=torch.int64)  # what the host knows: no row is longer
+        self.holds = torch.tensor([layer not in plan.off for layer in range(plan.facts.layers)])
         # Two pages at least: a graph would take a size of one for a constant.
         self.table = torch.zeros(rows, 2, dtype=torch.int32, device=device)
         self.free = torch.zeros(1, dtype=torch.int32, device=device)
@@ -267,13 +300,16 @@ class PagedStore(Store):
         pool = self.pools
         return Site(
             self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length,
-            self.table, self.free, self.top, self.ring[layer], self.clock, self.counts, self.fires,
-            self.scalar.flatten(1), self.picked, self.rope, self.reach, self.sink,
+            self.table, self.free, self.top, self.queries(layer), self.clock, self.counts, self.fires,
+            self.scalar.flatten(1), self.picked, self.rope, self.reach, self.sink, self.marks, self.edges, self.marked,
+            self.segment, self.links,
         )  # fmt: skip
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
         """Let the layer's rows grow to these bounds; call `commit` once all layers are said."""
         base = layer * self.rows
+        if layer in self.plan.off:
+            return
         self.upper[base : base + self.rows] = torch.tensor(bounds)
 
     def commit(self) -> None:
@@ -302,13 +338,13 @@ class PagedStore(Store):
         heads = self.plan.facts.kv_heads if any(t.scope == "across" for t in selections) else 1
         layers = self.plan.facts.layers if any(t.layers == "across" for t in selections) else 1
         uneven = heads * layers > 1
-        room = upper + 1 + self.ahead
+        room = (upper + 1 + self.ahead).view(len(self.holds), -1)[self.holds].flatten()
         pages = int((-(-room // page)).sum()) + uneven * len(room) - self.shared.saved
         return pages, -(-int(room.max()) // page) * heads * layers
 
     def reserve_step(self, active: Tensor) -> None:
         """Room for one more entry in every row; reads lengths from the device only when the bound runs out."""
-        step = active.repeat_interleave(self.plan.facts.kv_heads).repeat(self.plan.facts.layers).long().cpu()
+        step = self._in_all_layers(active.long().cpu())
         bound = self.upper + step
         page = self.plan.page
         pages = int((-(-bound // page)).sum()) - self.shared.saved
@@ -322,8 +358,11 @@ class PagedStore(Store):
 
     def reserve_more(self, new: list[int]) -> None:
         """Room for so many more entries in every row of each sequence."""
-        more = torch.tensor(new).repeat_interleave(self.plan.facts.kv_heads).repeat(self.plan.facts.layers)
-        self.admit(self.upper + more, self.shared)
+        self.admit(self.upper + self._in_all_layers(torch.tensor(new)), self.shared)
+
+    def _in_all_layers(self, new: Tensor) -> Tensor:
+        """Entries that sequences bring, int64 [batch], as entries that rows take in, int64 [rows]."""
+        return (self.holds[:, None] * new.repeat_interleave(self.plan.facts.kv_heads)).flatten()
 
     def separate(self, fires: Tensor, new: list[int], step: bool) -> None:
         """Rows that a forward writes to, other than behind their entries, get pages of their own first.

@@ -1,8 +1,8 @@
 """Trained scores: the weights of `learned(...)` from a file that nobody vouches for.
 
-Takes a plan and the path of each file, gives float32 tensors by the names of `kernels.learned`. Guarantees: safetensors
-only, at most 1 GiB, and every tensor that the plan's layers need in the shape that they need; what is wrong is a
-PolicyError (K615 unreadable, K616 does not fit) that names file and tensor.
+Takes a plan and the path of each file, gives float32 tensors by the names of `kernels.learned` and `kernels.gates`.
+Guarantees: safetensors only, at most 1 GiB, and every tensor that the plan's layers need in the shape that they need;
+what is wrong is a PolicyError (K615 unreadable, K616 does not fit) that names file and tensor. Gates: `gate_files`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kvcompile.dsl.diagnostics import PolicyError, fail, outside
+from kvcompile.gate_files import FLOATS, gates_in, read_gates
 from kvcompile.kernels.learned import parts
 from kvcompile.kernels.plan import Expr, ModelFacts, PolicyPlan
 
 MAX_BYTES = 1 << 30
-FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 60  # characters of a wrong name that a message shows
 
 
@@ -30,6 +30,10 @@ def load_weights(plan: PolicyPlan, files: Mapping[str, Path], device: torch.devi
     for score in _trained(plan):
         key = str(score.value)
         found |= _load(key, files[key], plan.facts, _width(score, plan.facts), device)
+    for key, (score, layers) in gates_in(plan).items():
+        with _opened(files[key]) as file:
+            gates = read_gates(file, files[key], key, score, layers, plan)
+        found |= {name: tensor.to(device) for name, tensor in gates.items()}
     return found
 
 

@@ -1,8 +1,9 @@
-"""Bind: which class every KV head of every layer belongs to, and which files a policy stands on.
+"""Bind: which class every KV head of every layer belongs to, what it reads, and which files a policy stands on.
 
-Takes `kv.class` and `kv.heads` facts, the model's shape, tables and probes; adds one `kv.site` per layer and the
-weights of shares by table. Guarantees: every head has exactly one class; classes without heads are gone, with their
-sets; a layer that the model lacks, heads claimed twice and files that do not fit are refused at the policy's place.
+Takes `kv.class`, `kv.readers`, `kv.off` and `kv.heads` facts, the model's shape, tables and probes; adds one `kv.site`
+per layer and the weights of shares by table. Guarantees: every head of a layer that runs has exactly one class; classes
+and readers without heads are gone, with their sets; a layer that the model lacks, heads claimed twice and files that do
+not fit are refused at the policy's place.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ from dataclasses import dataclass
 
 import networkx as nx
 from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Operation
 from xdsl.transforms.dead_code_elimination import region_dce
 
 from kvcompile.dsl.diagnostics import did_you_mean, fail, outside
 from kvcompile.dsl.dialect import rational
 from kvcompile.dsl.dialect_policy import ClassOp, HeadsOp, PolicyOp, SiteOp
-from kvcompile.dsl.dialect_sets import KeepOp, PickOp, TopOp
+from kvcompile.dsl.dialect_reads import PREFIX, OffOp, Ranges, ReadersOp
+from kvcompile.dsl.dialect_sets import AnySet, TopOp
 from kvcompile.dsl.lower_heads import decides_for_all
 from kvcompile.dsl.module import policy_of
 from kvcompile.passes.carried import terms_of
 from kvcompile.passes.context import Context
 from kvcompile.passes.files import bind_files, check_given, located
-from kvcompile.passes.links import check_links
+from kvcompile.passes.links import Owned, check_links
 from kvcompile.passes.tables import best, heads_of_file, probe_key, probe_table
 
 Heads = frozenset[tuple[int, int]]  # (layer, KV head)
+Prefix = ClassOp | ReadersOp  # what names rows by layers and heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +43,21 @@ class Bind:
         ops = list(policy.body.block.ops)
         check_given(policy, context)
         named = _head_classes([op for op in ops if isinstance(op, HeadsOp)], context)
-        classes = [op for op in ops if isinstance(op, ClassOp)]
-        taken = _rows(classes, named, context)
+        prefixes = _Prefixes([op for op in ops if isinstance(op, Prefix | OffOp)], named, context)
+        taken = prefixes.rows(ClassOp)
+        _check_everyone(prefixes.running - taken.keys())
+        reading = prefixes.rows(ReadersOp)
         facts = context.facts
         for layer in range(facts.layers):
-            owners = [taken[layer, head].sym_name.data for head in range(facts.kv_heads)]
-            site = SiteOp(layer, owners)
+            heads = [(layer, head) for head in range(facts.kv_heads) if (layer, head) in prefixes.running]
+            readers = [reading[row].sym_name.data if row in reading else None for row in heads]
+            site = SiteOp(layer, [taken[row].sym_name.data for row in heads], readers)
             site.location = policy.location
             policy.body.block.add_op(site)
-        check_links(policy, taken, context)
-        _erase_unused(policy, {op.sym_name.data for op in taken.values()} | {*(context.learning or ())})
-        _check_whole_layers(policy, taken, context)
+        owned = _owned(taken) | _owned(reading)
+        check_links(policy, owned, context)
+        _erase_unused(policy, owned.keys() | {*(context.learning or ())})
+        _check_whole_layers(policy, owned, context)
         bind_files(policy, context)
 
 
@@ -122,49 +130,100 @@ def _probe_heads(op: HeadsOp, context: Context) -> Heads:
 # ---------------------------------------------------------------- classes of rows
 
 
-def _rows(classes: list[ClassOp], named: dict[str, Heads], context: Context) -> dict[tuple[int, int], ClassOp]:
-    """The class of every head: the one with both layers and heads first, then either, then the one without prefix."""
-    claims = {op: _claim(op, named, classes, context) for op in classes}
-    taken: dict[tuple[int, int], ClassOp] = {}
-    for op in sorted(classes, key=lambda op: -_detail(op)):
-        claim = claims[op]
-        if op.heads is not None and op.heads.data == "rest" and "rest" not in named:
-            others = [o for o in classes if o is not op and (o.heads is not None or _detail(o) >= _detail(op))]
-            claim = claim.difference(*(claims[other] for other in others))
-        for row in sorted(claim):
-            owner = taken.setdefault(row, op)
-            if owner is not op and _detail(owner) == _detail(op):
-                both = f"`{owner.sym_name.data}` and `{op.sym_name.data}`"
-                raise fail("K602", f"{both} both name layer {row[0]}, KV head {row[1]}", context.places.span(op),
-                           "nest one prefix in the other")  # fmt: skip
-    for row in sorted(_everything(context) - taken.keys()):
-        message = f"no clause covers layer {row[0]}, KV head {row[1]}"
+@dataclass(slots=True)
+class _Prefixes:
+    """All that names rows by layers and heads; `running`: the rows of layers that are not off."""
+
+    ops: list[Prefix | OffOp]
+    named: dict[str, Heads]
+    context: Context
+    running: Heads = frozenset()
+
+    def __post_init__(self) -> None:
+        off: frozenset[int] = frozenset()
+        for op in self.ops:
+            off |= self._layers(op) if isinstance(op, OffOp) else frozenset()
+        self.running = frozenset(row for row in _everything(self.context) if row[0] not in off)
+        if not self.running:
+            last = [op for op in self.ops if isinstance(op, OffOp)][-1]
+            raise fail("K705", "every layer of this model is off", self.context.places.span(last),
+                       f"it has {self.context.facts.layers}: name fewer")  # fmt: skip
+
+    def rows(self, kind: type[Prefix]) -> dict[tuple[int, int], Prefix]:
+        """Who has each row: the one with both layers and heads first, then either, then the one without prefix."""
+        mine = [op for op in self.ops if isinstance(op, kind)]
+        claims = {op: self._claim(op) for op in mine}
+        taken: dict[tuple[int, int], Prefix] = {}
+        for op in sorted(mine, key=lambda op: -_detail(op)):
+            claim = claims[op]
+            if op.heads is not None and op.heads.data == "rest" and "rest" not in self.named:
+                claim = claim.difference(*(self._claim(other) for other in self._beside(op)))
+            for row in sorted(claim):
+                owner = taken.setdefault(row, op)
+                if owner is not op and _detail(owner) == _detail(op):
+                    both = f"`{shown(owner)}` and `{shown(op)}`"
+                    raise fail("K602", f"{both} both name layer {row[0]}, KV head {row[1]}",
+                               self.context.places.span(op), "nest one prefix in the other")  # fmt: skip
+        return taken
+
+    def _beside(self, op: Prefix) -> list[Prefix]:
+        """The prefixes that leave `rest` what it is: all that name heads, and of its own verb those that come first."""
+        found: list[Prefix] = []
+        for other in self.ops:
+            if isinstance(other, OffOp) or shown(other) == shown(op):
+                continue
+            says = other.heads is not None and other.heads.data != "rest"
+            first = _detail(other) - (other.heads is not None and not says) >= _detail(op)
+            if says or (first and type(other) is type(op)):
+                found.append(other)
+        return found
+
+    def _claim(self, op: Prefix) -> Heads:
+        claim = self.running
+        if op.ranges() is not None:
+            wanted = self._layers(op)
+            claim = frozenset(row for row in claim if row[0] in wanted)
+            if wanted and not claim:
+                raise fail("K705", f"all of the {len(wanted)} layers that are named here are off",
+                           self.context.places.span(op), "leave out one of the two")  # fmt: skip
+        if op.heads is not None and (op.heads.data != "rest" or "rest" in self.named):
+            if op.heads.data not in self.named:
+                raise fail("K601", f"head class `{op.heads.data}` is not declared", self.context.places.span(op),
+                           did_you_mean(op.heads.data, self.named, "declared"))  # fmt: skip
+            claim &= self.named[op.heads.data]
+        return claim
+
+    def _layers(self, op: Prefix | OffOp) -> frozenset[int]:
+        ranges = op.ranges() or ()
+        if ranges:
+            return _layers(op, ranges, self.context)
+        others = [_layers(other, found, self.context) for other in self.ops if (found := other.ranges())]
+        return frozenset(range(self.context.facts.layers)).difference(*others)
+
+
+def _check_everyone(left: Heads) -> None:
+    for layer, head in sorted(left):
+        message = f"no clause covers layer {layer}, KV head {head}"
         raise fail("K702", message, outside("<policy>"), "add a `rest:` clause")
-    return taken
 
 
-def _detail(op: ClassOp) -> int:
+def _detail(op: Prefix) -> int:
     return (op.heads is not None) + (op.layers is not None)
 
 
-def _claim(op: ClassOp, named: dict[str, Heads], classes: list[ClassOp], context: Context) -> Heads:
-    claim = _everything(context)
-    ranges = op.ranges()
-    if ranges is not None:
-        wanted = _layers(op, ranges, context)
-        if not ranges:
-            others = [_layers(other, other.ranges() or (), context) for other in classes if other.ranges()]
-            wanted = frozenset(range(context.facts.layers)).difference(*others)
-        claim = frozenset(row for row in claim if row[0] in wanted)
-    if op.heads is not None and (op.heads.data != "rest" or "rest" in named):
-        if op.heads.data not in named:
-            raise fail("K601", f"head class `{op.heads.data}` is not declared", context.places.span(op),
-                       did_you_mean(op.heads.data, named, "declared"))  # fmt: skip
-        claim &= named[op.heads.data]
-    return claim
+def shown(op: Prefix) -> str:
+    """The prefix as the policy has it."""
+    return op.sym_name.data.removeprefix(PREFIX)
 
 
-def _layers(op: ClassOp, ranges: tuple[tuple[int, int], ...], context: Context) -> frozenset[int]:
+def _owned(taken: dict[tuple[int, int], Prefix]) -> Owned:
+    found: Owned = {}
+    for row, op in sorted(taken.items()):
+        found.setdefault(op.sym_name.data, []).append(row)
+    return found
+
+
+def _layers(op: Operation, ranges: Ranges, context: Context) -> frozenset[int]:
     count = context.facts.layers
     found: set[int] = set()
     for first, last in ranges:
@@ -180,30 +239,30 @@ def _layers(op: ClassOp, ranges: tuple[tuple[int, int], ...], context: Context) 
     return frozenset(found)
 
 
-def _check_whole_layers(policy: PolicyOp, taken: dict[tuple[int, int], ClassOp], context: Context) -> None:
+def _check_whole_layers(policy: PolicyOp, owned: Owned, context: Context) -> None:
     """`[h]` and `shared heads` are about all heads of a layer: a class that has only some of them cannot ask."""
     ops = list(policy.body.block.ops)
     for decision in ops:
-        if not isinstance(decision, KeepOp | PickOp):
+        if not isinstance(decision, AnySet):
             continue
         name = decision.of.root_reference.data
-        owned = [layer for (layer, _), op in sorted(taken.items()) if op.sym_name.data == name]
-        partial = next((layer for layer in owned if owned.count(layer) < context.facts.kv_heads), None)
+        layers = [layer for layer, _ in owned.get(name, ())]
+        partial = next((layer for layer in layers if layers.count(layer) < context.facts.kv_heads), None)
         for top in terms_of(decision):
             if partial is None or not isinstance(top, TopOp) or not decides_for_all(top, ops):
                 continue
             code, what = ("K904", "`shared heads`") if top.scope.data == "shared" else ("K905", "`[h]`")
             message = (
                 f"{what} is about all {context.facts.kv_heads} KV heads of a layer, "
-                f"and `{name}` has {owned.count(partial)} of layer {partial}"
+                f"and `{name.removeprefix(PREFIX)}` has {layers.count(partial)} of layer {partial}"
             )
             raise fail(code, message, context.places.span(top), "decide `per head`, or give the class whole layers")
 
 
 def _erase_unused(policy: PolicyOp, used: set[str]) -> None:
     for op in list(policy.body.block.ops):
-        unused_keep = isinstance(op, KeepOp | PickOp) and op.of.root_reference.data not in used
-        unused_class = isinstance(op, ClassOp) and op.sym_name.data not in used
+        unused_keep = isinstance(op, AnySet) and op.of.root_reference.data not in used
+        unused_class = isinstance(op, Prefix) and op.sym_name.data not in used
         if unused_keep or unused_class:
             policy.body.block.erase_op(op)
     region_dce(policy.body)

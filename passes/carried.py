@@ -1,7 +1,7 @@
 """States that entries carry once a policy is bound: those that something reads, and the compiler's own.
 
-Takes a bound kv module; gives names. Guarantees: what no decision reads, directly or through another state, is not
-among them; the order is that of the declarations, hidden states last.
+Takes a bound kv module; gives names. Guarantees: what no set reads, directly or through another state, is not among
+them; the order is that of the declarations, hidden states last.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.dialect_counts import ShareOp
 from kvcompile.dsl.dialect_losers import LoserOp
 from kvcompile.dsl.dialect_policy import ClassOp, StateOp, UnitOp, UpdateOp
-from kvcompile.dsl.dialect_sets import Decision, KeepOp, PickOp, RegionOp, TopOp, UnionOp
+from kvcompile.dsl.dialect_sets import AnySet, AttendOp, Decision, KeepOp, PickOp, RegionOp, TopOp, UnionOp
 from kvcompile.dsl.lower_heads import below
 from kvcompile.dsl.module import ops_of
 
 
 def read_states(module: ModuleOp) -> list[str]:
-    """The declared states that decisions read, themselves or through updates."""
+    """The declared states that sets read, themselves or through updates."""
     ops = list(ops_of(module))
-    found = {name for op in ops if isinstance(op, KeepOp | PickOp) for name in _names(op.operands)}
+    found = {name for op in ops if isinstance(op, AnySet) for name in _names(op.operands)}
     while more := {name for op in ops for name in _names(_made_of(op, found))} - found:
         found |= more
     return [op.label.data for op in ops if isinstance(op, StateOp) and op.label.data in found]
@@ -31,10 +31,11 @@ def read_states(module: ModuleOp) -> list[str]:
 
 def hidden_states(module: ModuleOp) -> list[str]:
     """`@count` where entries stand for several tokens or a formula asks, `@score:C:I` of class C's selection I and
-    `@share:S` where rows can be decided only once all layers have read."""
+    `@share:S` where rows can be decided only once all layers have read, `@read` where steps go on with what an earlier
+    forward has read."""
     ops = list(ops_of(module))
     read = set(read_states(module))
-    values = [v for op in ops for v in (op.operands if isinstance(op, KeepOp | PickOp) else _made_of(op, read))]
+    values = [v for op in ops for v in (op.operands if isinstance(op, AnySet) else _made_of(op, read))]
     live = {op for value in values for op in below(value)}
     live |= {op for unit in ops if isinstance(unit, UnitOp) for value in unit.landmarks for op in below(value)}
     found: list[str] = []
@@ -45,7 +46,21 @@ def hidden_states(module: ModuleOp) -> list[str]:
         if decision is not None and spans(decision):
             tops = [term for term in terms_of(decision) if isinstance(term, TopOp)]
             found += [f"@score:{index}:{place}" for place in range(len(tops))]
-    return found + [f"@share:{place}" for place, share in enumerate(shares_of(module)) if share.measured]
+    found += [f"@share:{place}" for place, share in enumerate(shares_of(module)) if share.measured]
+    return found + ["@read"] * _holds(ops)
+
+
+def _holds(ops: list[Operation]) -> bool:
+    """Whether some rows have sets of what is read, of which none is computed in every step."""
+    sets: dict[str, list[AttendOp]] = {}
+    for op in ops:
+        if isinstance(op, AttendOp):
+            sets.setdefault(op.of.root_reference.data, []).append(op)
+
+    def sure(op: AttendOp) -> bool:
+        return not op.triggers or any(t.kind.data == "step" and t.cond.value.data < 0 for t in op.triggers)
+
+    return any(not any(map(sure, mine)) for mine in sets.values())
 
 
 def _made_of(op: Operation, states: set[str]) -> list[SSAValue]:
@@ -86,7 +101,7 @@ def keeps_all(keep: KeepOp) -> bool:
     return whole or not keep.triggers
 
 
-def terms_of(decision: Decision) -> list[Operation]:
+def terms_of(decision: AnySet) -> list[Operation]:
     """Regions and selections of a clause, in the order written."""
     union = decision.set.owner
     assert isinstance(union, UnionOp)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from kvcompile.dsl import ast
 from kvcompile.dsl.check_cost import CHEAPER, COSTS, cost_of
 from kvcompile.dsl.context import Context, SetClause
-from kvcompile.dsl.lower import class_name
+from kvcompile.dsl.diagnostics import Diagnostic, finding
+from kvcompile.dsl.lower_rows import class_name, enclosing, read_picks, row_name
 from kvcompile.dsl.printer import text
 from kvcompile.dsl.resolve import Placed, Resolved
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Trigger
@@ -118,6 +119,22 @@ def class_facts(resolved: Resolved, plan: PolicyPlan, prompt: int, generate: int
     return tuple(out)
 
 
+def never_full(resolved: Resolved, plan: PolicyPlan, tokens: int) -> list[Diagnostic]:
+    """Warnings about units that a sequence of so many tokens cannot fill."""
+    short = {unit.name: unit for unit in plan.units if not unit.full(tokens)}
+    return [
+        finding(
+            "K708",
+            f"no `{clause.name}` of {short[clause.name].size} tokens is full in a text of {tokens}: `attend` reads, and "
+            "`keep` holds, all of its entries",
+            clause.span,
+            "take a smaller unit, or longer texts",
+        )
+        for clause in (placed.clause for placed in resolved.of(ast.Unit))
+        if isinstance(clause, ast.Unit) and clause.name in short
+    ]
+
+
 def _unslid(cls: ClassPlan) -> ClassPlan:
     """A class as the policy has it: without the compiler's own trigger."""
     return replace(cls, triggers=tuple(t for t in cls.triggers if t.kind != "slide"))
@@ -128,14 +145,26 @@ def _unslid(cls: ClassPlan) -> ClassPlan:
 
 def _clauses(resolved: Resolved, name: str) -> list[Placed]:
     """The picks and keeps that decide the rows of a class: picks come first."""
-    keeps, picks = resolved.of(ast.Keep), resolved.of(ast.Pick)
+    keeps, read = resolved.of(ast.Keep), read_picks(resolved)
+    picks = [p for p in resolved.of(ast.Pick) if isinstance(p.clause, ast.Pick) and p.clause.name not in read]
     own = [placed for placed in keeps if class_name(placed, keeps) == name]
     picking = [placed for placed in picks if class_name(placed, keeps) == name]
     if not own and picking:  # below a prefix that only picks, the rows keep what the prefix around it says
-        around = [placed for placed in keeps if set(placed.prefixes) <= set(picking[0].prefixes)]
-        nearest = max((len(placed.prefixes) for placed in around), default=0)
-        own = [placed for placed in around if len(placed.prefixes) == nearest]
+        own = enclosing(picking[0], keeps)
     return [*picking, *own]
+
+
+def read_clauses(resolved: Resolved) -> dict[str, str]:
+    """What the rows of each readers pick and read, as written, a clause a line."""
+    attends, read = resolved.of(ast.Attend), read_picks(resolved)
+    rows: dict[str, list[Placed]] = {}
+    for placed in (*resolved.of(ast.Pick), *attends):
+        if not isinstance(placed.clause, ast.Pick) or placed.clause.name in read:
+            rows.setdefault(row_name(placed, attends), []).append(placed)
+    for mine in rows.values():
+        if all(isinstance(placed.clause, ast.Pick) for placed in mine):
+            mine += enclosing(mine[0], attends)
+    return {name: "\n".join(map(_clause, mine)) for name, mine in rows.items()}
 
 
 def _clause(placed: Placed) -> str:

@@ -6,9 +6,10 @@ named by position alone; `frozen`, `random` and `picked` are counted elsewhere.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region
 
@@ -22,6 +23,7 @@ class Cover:
     def __init__(
         self, plan: PolicyPlan, cls: ClassPlan, counts: Mapping[int, int | None], seen: int, prompt: int
     ) -> None:
+        self.seen = seen
         spans: list[tuple[int, int]] = []
         strides: set[int] = set()
         for term in cls.keep:
@@ -49,6 +51,12 @@ class Cover:
                     strides.add(max(1, n or 0))
         self.spans = _merged([(max(0, a), min(b, seen)) for a, b in spans])
         self.strides = sorted(strides)
+
+    def beside(self, spans: Iterable[tuple[int, int]]) -> Cover:
+        """A cover of these spans, too; what of them is below 0 or not seen does not count."""
+        found = copy.copy(self)
+        found.spans = _merged([*self.spans, *((max(0, a), min(b, self.seen)) for a, b in spans)])
+        return found
 
     def count(self, start: int, stop: int) -> int:
         """Positions from `start` up to but without `stop` that some region takes."""

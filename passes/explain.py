@@ -1,8 +1,8 @@
 """`explain`: what a policy holds and costs on a model, before anything runs.
 
-Takes a policy, a model or its configuration, and lengths; gives `Explanation`: classes, layers, footprint, peak,
-bytes, and the largest speed-up of a decode step that memory traffic allows. Guarantees: nothing runs on the model;
-footprint and peak are exact for static policies and say so where they are bounds.
+Takes a policy, a model or its configuration, and lengths; gives `Explanation`: classes, what is read, layers,
+footprint, peak, bytes, and the largest speed-up of a decode step that memory traffic allows. Guarantees: nothing runs
+on the model; footprint and peak are exact for static policies and say so where they are bounds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from kvcompile.kernels.gpus import gpu as gpu_facts
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.roofline import Traffic
 from kvcompile.kernels.sizes import parse_bytes, size_text
-from kvcompile.passes.class_facts import ClassFacts, class_facts
+from kvcompile.passes.class_facts import ClassFacts, class_facts, never_full, read_clauses
 from kvcompile.passes.facts import model_facts
 from kvcompile.passes.footprint import Footprint, Spent, footprint
 from kvcompile.passes.held import Held, held
 from kvcompile.passes.pipeline import compile_policy
+from kvcompile.passes.reading import ReadFacts, StepReads, step_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Explanation:
     max_bytes: int | None  # the limit asked about
     diagnostics: tuple[Diagnostic, ...]
     tables: int  # of `bytes_peak`, what stands once for all sequences
+    reads: tuple[ReadFacts, ...] = ()  # of KV heads that do not read all
 
     @property
     def fits(self) -> bool | None:
@@ -106,6 +108,8 @@ class Explanation:
             "generate": self.generate,
             "batch": self.batch,
             "classes": {c.name: c.to_dict() | self._spent(c.name) for c in self.classes},
+            "reads": {read.name: read.to_dict() for read in self.reads},
+            "off": list(self.plan.off),
             "layers": len(self.layers),
             "by_layer": [layer.to_dict() for layer in self.layers],
             "footprint": self.footprint,
@@ -135,6 +139,13 @@ class Explanation:
         for part in self.classes:
             first, *more = part.lines()
             lines += [f"class       {first}", *(f"{'':12}{line}" for line in more)]
+        for read in self.reads:
+            first, *more = read.lines()
+            lines += [f"reads       {first}", *(f"{'':12}{line}" for line in more)]
+        if self.reads:
+            lines.append(f"{'':12}what is not read stays in memory: footprint and peak are those of `keep`")
+        if self.plan.off:
+            lines.append(f"off         {_runs(self.plan.off)}: no attention runs and nothing is held")
         lines += [
             f"footprint   {self.footprint:.7f}{about}",
             f"peak        {self.peak:.7f}{about}",
@@ -181,6 +192,8 @@ class Explanation:
                 runs.append((layer, layer.layer))
         out: list[tuple[str, str]] = []
         for first, last in runs:
+            if not first.heads:  # off
+                continue
             where = f"layer {last}" if first.layer == last else f"layers {first.layer}..{last}"
             most = "" if self.exact_entries else "at most "
             heads = {name: f"{n} head{'' if n == 1 else 's'} of {name}" for name, n in first.heads.items()}
@@ -223,7 +236,9 @@ def explain(
     memory: Held = held(plan, prompt, generate, paged=in_pages)
     everything = facts.untouched(prompt + generate)
     full = everything * facts.entry_bytes * batch
-    read = facts.weight_bytes + batch * memory.entries * facts.entry_bytes
+    step = step_reads(plan, memory, prompt, generate, read_clauses(compiled.resolved))
+    weights = facts.weight_bytes - _idle_weights(plan)
+    read = weights + batch * int(step.entries * facts.entry_bytes + step.landmark_bytes)
     return Explanation(
         plan=plan,
         prompt=prompt,
@@ -241,11 +256,14 @@ def explain(
         bytes_full=full,
         ceiling=(facts.weight_bytes + full) / read if read else 1.0,
         gpu=device.name if device is not None else None,
-        step_seconds=_step(facts, memory.entries, batch).seconds(device) if device is not None else None,
-        step_seconds_full=_step(facts, everything, batch).seconds(device) if device is not None else None,
+        step_seconds=_step(facts, weights, step, batch).seconds(device) if device is not None else None,
+        step_seconds_full=_step(facts, facts.weight_bytes, StepReads((), everything, 0), batch).seconds(device)
+        if device is not None
+        else None,
         max_bytes=None if max_bytes is None else parse_bytes(max_bytes),
-        diagnostics=compiled.diagnostics,
+        diagnostics=(*compiled.diagnostics, *never_full(compiled.resolved, plan, prompt + generate)),
         tables=memory.tables,
+        reads=step.reads,
     )
 
 
@@ -275,9 +293,27 @@ def _on_cpu(source: Any) -> bool:
     return str(next(source.parameters()).device.type) == "cpu"
 
 
-def _step(facts: ModelFacts, entries: int, batch: int) -> Traffic:
-    """A decode step at its best: weights and cache are read once, and multiplied once for each query."""
-    cache = batch * entries * facts.entry_bytes
-    weights = facts.weight_bytes // (facts.entry_bytes // (2 * facts.head_dim))
-    products = batch * (2 * weights + 4 * entries * facts.head_dim * facts.group)
-    return Traffic((("weights", facts.weight_bytes), ("cache", cache)), launches=0, operations=products)
+def _idle_weights(plan: PolicyPlan) -> int:
+    """Bytes of the projections of layers that are off, which no step reads."""
+    facts = plan.facts
+    each = 2 * (facts.q_heads + facts.kv_heads) * facts.head_dim * facts.hidden
+    return min(facts.weight_bytes, len(plan.off) * each * (facts.entry_bytes // (2 * facts.head_dim)))
+
+
+def _step(facts: ModelFacts, weights: int, step: StepReads, batch: int) -> Traffic:
+    """A decode step at its best: weights and what is read of the cache once, and multiplied once for each query."""
+    cache = batch * int(step.entries * facts.entry_bytes + step.landmark_bytes)
+    numbers = weights // (facts.entry_bytes // (2 * facts.head_dim))
+    products = batch * (2 * numbers + int(4 * step.entries * facts.head_dim * facts.group))
+    return Traffic((("weights", weights), ("cache", cache)), launches=0, operations=products)
+
+
+def _runs(layers: tuple[int, ...]) -> str:
+    """Layers in words: `layers 3, 21..27`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] + 1 == layer:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "layers " + ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

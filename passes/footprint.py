@@ -30,9 +30,9 @@ class Footprint:
     """`footprint` and `peak` are means over all KV heads; `exact` is False for upper bounds.
 
     by_class: by the index of each class that has KV heads, the first of its name; by_layer: one for each layer;
-    by_head: [layer][KV head]. Where heads compete only the sum of a layer is known, where layers do only that of all:
-    their parts are bounds. A peak is the largest of its own heads' means, so those of parts need not meet in one
-    forward.
+    by_head: [layer][KV head]. Heads of layers that are off count, and hold nothing. Where heads compete only the sum of
+    a layer is known, where layers do only that of all: their parts are bounds. A peak is the largest of its own heads'
+    means, so those of parts need not meet in one forward.
     """
 
     footprint: float
@@ -63,7 +63,7 @@ def footprint(plan: PolicyPlan, prompt: int, generate: int = 0) -> Footprint:
     }
     layers = [_layer(plan, parts, owners, layer) for layer in range(plan.facts.layers)]
     heads = [_heads(plan, parts, owners, layer) for layer in range(plan.facts.layers)]
-    wanted = [everywhere, *classes.values(), *layers, *(pieces for row in heads for pieces in row)]
+    wanted = [everywhere, *classes.values(), *filter(None, layers), *(pieces for row in heads for pieces in row)]
     # Most layers and heads are alike: each sum is done once.
     tallies = {pieces: _Tally(pieces) for pieces in wanted}
     seen = 0
@@ -72,14 +72,15 @@ def footprint(plan: PolicyPlan, prompt: int, generate: int = 0) -> Footprint:
             tally.add(forward, seen)
         seen += forward.tokens
     spent = {pieces: tally.spent(prompt + generate) for pieces, tally in tallies.items()}
-    whole = spent[everywhere]
+    spent[()] = nothing = Spent(0.0, 0.0, True)  # of layers that are off, whose heads count as holding nothing
+    whole = tallies[everywhere].spent(prompt + generate, len(plan.off) * plan.facts.kv_heads)
     return Footprint(
         whole.footprint,
         whole.peak,
         whole.exact,
         {owner: spent[pieces] for owner, pieces in sorted(classes.items())},
         tuple(spent[pieces] for pieces in layers),
-        tuple(tuple(spent[pieces] for pieces in row) for row in heads),
+        tuple(tuple(spent[pieces] for pieces in row) or (nothing,) * plan.facts.kv_heads for row in heads),
     )
 
 
@@ -124,7 +125,7 @@ def _heads(
     for index, (group, owner) in enumerate(zip(parts, owners, strict=True)):
         if layer in group.layers:
             out |= {head: (_Piece(index, group.times, 1, group.rows),) for head in plan.heads(layer, owner)}
-    return tuple(out[head] for head in range(plan.facts.kv_heads))
+    return tuple(out[head] for head in sorted(out))
 
 
 def _owner(plan: PolicyPlan, group: Group) -> int:
@@ -159,5 +160,7 @@ class _Tally:
         # What the latest forward leaves is not read any more.
         self.known = all(forward.known[piece.group] for piece in self.pieces)
 
-    def spent(self, total: int) -> Spent:
-        return Spent(self.area / (self.rows * (total * (total + 1) // 2)), self.peak / (self.rows * total), self.exact)
+    def spent(self, total: int, idle: int = 0) -> Spent:
+        """Means over these rows, and over others that hold nothing."""
+        rows = self.rows + idle
+        return Spent(self.area / (rows * (total * (total + 1) // 2)), self.peak / (rows * total), self.exact)

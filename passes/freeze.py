@@ -16,8 +16,9 @@ from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.dialect_counts import PartOp, ShareOp
 from kvcompile.dsl.dialect_losers import LoserOp
 from kvcompile.dsl.dialect_policy import ClassOp, PositionsOp, ScheduleOp, SiteOp, StateOp, UnitOp, UpdateOp
-from kvcompile.dsl.dialect_sets import Decision, KeepOp, PickOp, RegionOp, TopOp, TriggerAttr
-from kvcompile.dsl.dialect_sources import EmaOp, LearnedOp, NoiseOp, SimOp
+from kvcompile.dsl.dialect_reads import PREFIX, ReadersOp
+from kvcompile.dsl.dialect_sets import AttendOp, Decision, KeepOp, PickOp, RegionOp, TopOp, TriggerAttr
+from kvcompile.dsl.dialect_sources import EmaOp, LearnedOp, NoiseOp, RegroupOp, SimOp
 from kvcompile.dsl.lower_heads import below
 from kvcompile.dsl.module import ops_of, policy_of
 from kvcompile.kernels.plan import (
@@ -28,6 +29,8 @@ from kvcompile.kernels.plan import (
     ModelFacts,
     PolicyPlan,
     QuerySource,
+    ReadPlan,
+    ReadRule,
     Region,
     Selection,
     Share,
@@ -36,6 +39,7 @@ from kvcompile.kernels.plan import (
     Trigger,
     UnitPlan,
     Update,
+    words_of,
 )
 from kvcompile.passes.carried import decisions, hidden_states, read_states, shares_of, terms_of
 
@@ -48,20 +52,21 @@ def freeze(module: ModuleOp, facts: ModelFacts, params: tuple[tuple[str, str], .
     sites = sorted((op for op in ops if isinstance(op, SiteOp)), key=lambda op: op.layer.value.data)
     if len(schedules) != 1 or [op.layer.value.data for op in sites] != list(range(facts.layers)):
         raise ValueError("the module is not bound to this model, or not scheduled")
-    frozen = _Freezing(module)
+    frozen = _Freezing(module, facts.group)
     classes = frozen.classes()
+    reads = frozen.reads()
     first = {op.sym_name.data: frozen.first_of(op.sym_name.data) for op in ops if isinstance(op, ClassOp)}
     schedule = schedules[0]
     fields = {
         "name": policy.sym_name.data,
         "facts": facts,
         "classes": classes,
-        "class_of": tuple(tuple(first[ref.root_reference.data] for ref in op.classes) for op in sites),
+        "class_of": _class_of(sites, first, facts),
         "counts": tuple(frozen.counts),
         "shares": tuple(frozen.shares),
         "states": frozen.states(),
         "updates": frozen.updates(),
-        "units": frozen.units_of(classes),
+        "units": frozen.units_of(classes, reads),
         "chunk": _int(schedule.chunk) or None,
         "peek": _int(schedule.peek),
         "query_window": _int(schedule.window),
@@ -71,16 +76,39 @@ def freeze(module: ModuleOp, facts: ModelFacts, params: tuple[tuple[str, str], .
         "scalars": frozen.scalars,
         "compact": any(isinstance(op, PositionsOp) for op in ops),
         "rotates": any(isinstance(op, PositionsOp) for op in ops) or frozen.reads_raw_keys,
+        "reads": reads,
+        "read_of": _read_of(sites, reads, facts),
+        "off": tuple(op.layer.value.data for op in sites if not op.classes),
     }
     text = policy.digest.data + repr(sorted(fields.items()))
     return PolicyPlan(digest=hashlib.sha256(text.encode()).hexdigest()[:16], **fields)  # type: ignore[arg-type]
 
 
+def _class_of(sites: list[SiteOp], first: dict[str, int], facts: ModelFacts) -> tuple[tuple[int, ...], ...]:
+    """By layer and KV head. A layer that is off has no heads; what stands there is the class of some other."""
+    rows = [tuple(first[ref.root_reference.data] for ref in op.classes) for op in sites]
+    some = next(row[0] for row in rows if row)
+    return tuple(row or (some,) * facts.kv_heads for row in rows)
+
+
+def _read_of(sites: list[SiteOp], reads: tuple[ReadPlan, ...], facts: ModelFacts) -> tuple[tuple[int, ...], ...]:
+    """By layer and KV head; empty where every head reads all."""
+    names = [read.name for read in reads]
+
+    def index(name: str | None) -> int:
+        short = name.removeprefix(PREFIX) if name is not None else None
+        return names.index(short) if short in names else -1
+
+    rows = [tuple(index(name) for name in op.reading()) or (-1,) * facts.kv_heads for op in sites]
+    return tuple(rows) if reads else ()
+
+
 class _Freezing:
     """Expressions once per value; counts once per meaning."""
 
-    def __init__(self, module: ModuleOp) -> None:
+    def __init__(self, module: ModuleOp, group: int) -> None:
         self.module = module
+        self.group = group
         self.ops = list(ops_of(module))
         self.decisions = decisions(module)
         self.counts: list[Count] = []
@@ -146,6 +174,27 @@ class _Freezing:
             only_picks=slot is not None,
         )
 
+    def reads(self) -> tuple[ReadPlan, ...]:
+        """What each readers' rules are, picks first; readers without any read all."""
+        found: list[ReadPlan] = []
+        for readers in self.ops:
+            if not isinstance(readers, ReadersOp):
+                continue
+            name = readers.sym_name.data
+            mine = [op for op in self.ops if isinstance(op, PickOp | AttendOp) and op.of.root_reference.data == name]
+            mine.sort(key=lambda op: isinstance(op, AttendOp))
+            if mine:
+                found.append(ReadPlan(name.removeprefix(PREFIX), tuple(self.rule(op) for op in mine)))
+        return tuple(found)
+
+    def rule(self, op: PickOp | AttendOp) -> ReadRule:
+        conds = [self.expr(cond) for cond in op.conds]
+        return ReadRule(
+            tuple(self.term(term, None) for term in terms_of(op)),
+            tuple(_trigger(trigger, conds) for trigger in op.triggers),
+            self.picks[op.label.data] if isinstance(op, PickOp) else None,
+        )
+
     def term(self, op: Operation, slot: int | None) -> Term:
         if isinstance(op, RegionOp):
             return Region(
@@ -154,6 +203,7 @@ class _Freezing:
                 op.unit.data if op.unit is not None else None,
                 _int(op.seed) if op.seed is not None else 0,
                 self.picks[op.pick.data] if op.pick is not None else None,
+                op.span.data if op.span is not None else "",
             )
         assert isinstance(op, TopOp)
         layers = op.layers.data if op.layers is not None else "each"
@@ -229,7 +279,8 @@ class _Freezing:
     def states(self) -> tuple[StatePlan, ...]:
         """The states that something reads, in the order declared, then the compiler's own."""
         read = read_states(self.module)
-        own = [Expr("const", value=Fraction(name == "@count")) for name in hidden_states(self.module)]
+        first = {"@count": 1, "@read": (1 << self.group) - 1}
+        own = [Expr("const", value=Fraction(first.get(name, 0))) for name in hidden_states(self.module)]
         return tuple(
             StatePlan(op.label.data, self.expr(op.init), self.expr(op.add) if op.add is not None else None)
             for op in self.ops
@@ -253,19 +304,41 @@ class _Freezing:
                 found.append(Update(op.event.data, tuple(assigns), where))  # type: ignore[arg-type]
         return tuple(found)
 
-    def units_of(self, classes: tuple[ClassPlan, ...]) -> tuple[UnitPlan, ...]:
-        """The units that some region, selection or trigger names."""
+    def units_of(self, classes: tuple[ClassPlan, ...], reads: tuple[ReadPlan, ...]) -> tuple[UnitPlan, ...]:
+        """The units that some region, selection, score or trigger names, with the landmarks that are read."""
         terms = [item for cls in classes for item in (*cls.keep, *cls.triggers)]
+        terms += [term for read in reads for rule in read.rules for term in rule.terms]
         named = {item.unit for item in terms if item.unit is not None}
         named |= {item.whole for item in terms if isinstance(item, Selection) and item.whole is not None}
+        marks = self.landmarks([item.score for item in terms if isinstance(item, Selection)])
         return tuple(
-            UnitPlan(op.label.data, _int(op.size), _int(op.offset), self.landmarks(op))
+            UnitPlan(
+                op.label.data,
+                _int(op.size),
+                _int(op.offset),
+                tuple((name.data, marks[op.label.data, name.data]) for name in op.names
+                      if (op.label.data, name.data) in marks),
+                op.every,
+            )
             for op in self.ops
-            if isinstance(op, UnitOp) and op.label.data in named
-        )
+            if isinstance(op, UnitOp) and (op.label.data in named or any(unit == op.label.data for unit, _ in marks))
+        )  # fmt: skip
 
-    def landmarks(self, op: UnitOp) -> tuple[tuple[str, Expr], ...]:
-        return tuple((name.data, self.expr(value)) for name, value in zip(op.names, op.landmarks, strict=True))
+    def landmarks(self, todo: list[Expr]) -> dict[tuple[str, str], Expr]:
+        """The landmarks that formulas read, and those that these are made of."""
+        made = {
+            (op.label.data, name.data): value
+            for op in self.ops
+            if isinstance(op, UnitOp)
+            for name, value in zip(op.names, op.landmarks, strict=True)
+        }
+        found: dict[tuple[str, str], Expr] = {}
+        while todo:
+            for node in todo.pop().walk():
+                if node.op == "landmark" and words_of(node) not in found:
+                    found[words_of(node)] = self.expr(made[words_of(node)])
+                    todo.append(found[words_of(node)])
+        return found
 
 
 def _node(op: kv.ExprOp) -> tuple[str, object]:
@@ -279,6 +352,8 @@ def _node(op: kv.ExprOp) -> tuple[str, object]:
             return op.name.removeprefix("kv."), op.what.data
         case LearnedOp():
             return "learned", op.label.data
+        case RegroupOp():
+            return "regroup", (op.unit.data, op.into.data)
         case SimOp():
             return "sim", None
         case kv.ReadOp():

@@ -67,19 +67,28 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
         moving = pools.moving(forward.peak, seen + 1) if now > most else 0
         steps = max(steps, now * slot + max(fresh, moving * slot))
     places = max(_LEAST_PLACES, 1 << (seen + plan.peek).bit_length())
-    beside = _beside(plan, places)
+    beside = _beside(plan, places, seen + plan.peek + 1)
     by_layer = tuple((g, tuple(g.share_of(total))) for g, total in zip(pools.groups, totals, strict=True))
     peak = max(steps, most * slot + piece) + beside
     tables = plan.rotates * 2 * 4 * facts.head_dim * places  # cosine and sine, float32
     return Held(by_layer, pools.resident(totals) * slot + beside, peak, tables, exact)
 
 
-def _beside(plan: PolicyPlan, places: int) -> int:
-    """The newest queries that scores may ask for, numbers of rows, and choices for later layers."""
+def _beside(plan: PolicyPlan, places: int, tokens: int) -> int:
+    """The newest queries that scores may ask for, numbers of rows, choices for later layers, landmarks."""
     facts = plan.facts
-    ring = facts.layers * facts.q_heads * plan.ring * facts.entry_bytes // 2
+    ring = len(plan.live) * facts.q_heads * plan.ring * facts.entry_bytes // 2
     numbers = 4 * plan.scalars * facts.layers * facts.kv_heads
-    return ring + numbers + plan.picks * facts.kv_heads * places
+    return ring + numbers + 4 * plan.picks * facts.kv_heads * places + _landmarks(plan, tokens)
+
+
+def _landmarks(plan: PolicyPlan, tokens: int) -> int:
+    """What reads choose units by, as caches keep it."""
+    if not plan.reads:
+        return 0
+    from kvcompile.kernels.marks import layout_of
+
+    return layout_of(plan).nbytes(tokens)
 
 
 @dataclass(frozen=True, slots=True)

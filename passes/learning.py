@@ -1,8 +1,9 @@
 """Learning: a policy's learn block, bound to a model.
 
 Takes a policy as the user gives it, and the facts of a model; gives `LearnPlan`: gates, loss, and the policy compiled
-with every KV head in the learned class. Guarantees: no table is read; both classes' sets are regions whose members
-follow from positions and `now`; what cannot be learned ends in PolicyError at its own place.
+with every KV head in the learned class; or `DistilPlan`, for a trained score. Guarantees: no file of a table or of
+weights is read; both classes' sets are regions whose members follow from positions and `now`; what cannot be learned
+ends in PolicyError at its own place.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kvcompile.dsl.context import Context as Checking
 from kvcompile.dsl.context import Enough
 from kvcompile.dsl.diagnostics import did_you_mean, fail
 from kvcompile.dsl.learn_block import Block
+from kvcompile.dsl.learn_gate import GateBlock, check_gate_block, trained_scores
 from kvcompile.dsl.load import library_file
 from kvcompile.dsl.printer import canonical
 from kvcompile.kernels.plan import ClassPlan, ModelFacts, PolicyPlan
@@ -76,29 +78,63 @@ class LearnPlan:
     digest: str
 
     @property
+    def kind(self) -> str:
+        """The word of the language for the gates."""
+        return self.gate.kind
+
+    @property
     def two_way(self) -> bool:
         """Whether a clean teacher runs beside the student, and full attention reads the teacher's states (Duo)."""
         return any(term.kind == "hidden_mse" for term in self.terms)
 
 
+@dataclass(frozen=True, slots=True)
+class DistilPlan:
+    """Everything that the distillation of a policy's trained gates needs of it, see `GateBlock`.
+
+    heads: the score that reads the gates, by whose name their file is given. digest: as of `LearnPlan`.
+    """
+
+    policy: str
+    heads: str
+    gate: GateBlock
+    facts: ModelFacts
+    digest: str
+    terms: tuple[LossTerm, ...] = ()  # none looks at labels: the model's own attention is what is learned
+    keep: Fraction | None = None
+
+    @property
+    def kind(self) -> str:
+        """The word of the language for the gates."""
+        return "block_gate" if self.gate.pooled else "query_gate"
+
+
 def compile_learn(
     policy: object, facts: ModelFacts, *, name: str | None = None, heads: str | None = None, **params: object
-) -> LearnPlan:
+) -> LearnPlan | DistilPlan:
     """The learn block of a policy for a model.
 
-    policy, name, params: as in `optimize`. heads: which class to learn, where the policy has several learn blocks.
-    PolicyError for everything that is wrong with policy or block.
+    policy, name, params: as in `optimize`. heads: which class, or which trained score, to learn, where the policy has
+    several learn blocks. PolicyError for everything that is wrong with policy or block.
     """
     resolved = resolve(load(policy, name), params)
     learn = _chosen(resolved, heads)
-    checking, block = Checking.of(resolved), None
+    checking, block, gate = Checking.of(resolved), None, None
+    trained = learn.heads.id in trained_scores(resolved)
     with suppress(Enough):
-        block = check_block(checking, learn)
+        if trained:
+            gate = check_gate_block(checking, learn)
+        else:
+            block = check_block(checking, learn)
     _refuse((*resolved.findings, *check(resolved), *checking.findings.values()))
+    text = f"{resolved.digest}\n{canonical(learn)}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    if trained:
+        assert gate is not None
+        return DistilPlan(resolved.name, learn.heads.id, gate, facts, digest)
     assert block is not None  # whatever keeps a block from being read is an error
     compiled = compile_resolved(resolved, Context(facts, learning=(learn.heads.id, block.others)))
     classes = {cls.name: cls for cls in compiled.plan.classes}
-    text = f"{resolved.digest}\n{canonical(learn)}"
     return LearnPlan(
         policy=resolved.name,
         heads=learn.heads.id,
@@ -109,7 +145,7 @@ def compile_learn(
         full=classes[learn.heads.id],
         local=classes[block.others],
         keep=block.keep,
-        digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+        digest=digest,
     )
 
 

@@ -1,7 +1,8 @@
 """Links between layers: picks that later layers read, and decisions that several layers share.
 
-Takes a bound policy and its rows; gives nothing. Guarantees: when it returns, every pick that is read has been filled
-by then for the same KV head, no pick is made of itself, and layers that share a decision hold the same heads.
+Takes a bound policy and the rows of its classes and readers; gives nothing. Guarantees: when it returns, every pick
+that is kept or read has been filled by then for the same KV head, no pick is made of itself, and layers that share a
+decision hold the same heads.
 """
 
 from __future__ import annotations
@@ -11,36 +12,36 @@ from xdsl.ir import Operation, SSAValue
 
 from kvcompile.dsl.diagnostics import fail
 from kvcompile.dsl.dialect import BinaryOp, ConstOp, ScalarOp, UnaryOp
-from kvcompile.dsl.dialect_policy import ClassOp, PolicyOp
-from kvcompile.dsl.dialect_sets import Decision, KeepOp, PickOp, RegionOp, TopOp, TriggerAttr
+from kvcompile.dsl.dialect_policy import PolicyOp
+from kvcompile.dsl.dialect_sets import AnySet, AttendOp, PickOp, RegionOp, TopOp, TriggerAttr
 from kvcompile.passes.carried import terms_of
 from kvcompile.passes.context import Context
 
-Rows = dict[tuple[int, int], ClassOp]  # (layer, KV head) -> its class
+Owned = dict[str, list[tuple[int, int]]]  # class or readers -> their rows as (layer, KV head)
 _PHASES = ("chunk", "prefill.end", "step")  # in the order of time
 
 
-def check_links(policy: PolicyOp, taken: Rows, context: Context) -> None:
+def check_links(policy: PolicyOp, owned: Owned, context: Context) -> None:
     """Refuse picks that are used before they are filled, and groups of layers that differ in their heads."""
-    decisions = [op for op in policy.body.block.ops if isinstance(op, KeepOp | PickOp)]
+    decisions = [op for op in policy.body.block.ops if isinstance(op, AnySet)]
     _refuse_cycles(decisions, context)
     picks: dict[str, list[PickOp]] = {}
     for op in decisions:
         if isinstance(op, PickOp):
             picks.setdefault(op.label.data, []).append(op)
     for op in decisions:
-        rows = _rows_of(op, taken)
+        rows = owned.get(op.of.root_reference.data, [])
         for term in terms_of(op):
             if isinstance(term, RegionOp) and term.pick is not None:
                 writers = picks.get(term.pick.data, [])
-                filled = {row for writer in writers for row in _rows_of(writer, taken)}
-                _check_filled(term, term.pick.data, rows, filled, context)
+                filled = {row for writer in writers for row in owned.get(writer.of.root_reference.data, ())}
+                _check_filled(term, "reads" if isinstance(op, AttendOp) else "keeps", rows, filled, context)
                 _check_in_time(term, op, writers, context)
             if isinstance(term, TopOp) and term.sharing is not None:
                 _check_groups(term, term.sharing.value.data, rows, context)
 
 
-def _refuse_cycles(decisions: list[Decision], context: Context) -> None:
+def _refuse_cycles(decisions: list[AnySet], context: Context) -> None:
     """A pick is made of selections; what is made of other picks could be made of itself."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     first: dict[str, tuple[PickOp, Operation]] = {}
@@ -61,26 +62,23 @@ def _refuse_cycles(decisions: list[Decision], context: Context) -> None:
                context.places.span(first[cycle[0]][0]), "let one of them stand on selections alone")  # fmt: skip
 
 
-def _rows_of(op: Decision, taken: Rows) -> list[tuple[int, int]]:
-    name = op.of.root_reference.data
-    return sorted(row for row, cls in taken.items() if cls.sym_name.data == name)
-
-
 def _check_filled(
-    term: RegionOp, name: str, rows: list[tuple[int, int]], filled: set[tuple[int, int]], context: Context
+    term: RegionOp, verb: str, rows: list[tuple[int, int]], filled: set[tuple[int, int]], context: Context
 ) -> None:
+    name = term.pick.data if term.pick is not None else ""
     for layer, head in rows:
         if not any(other == head and before <= layer for before, other in filled):
             layers = sorted({before for before, _ in filled})
             where = f"layers {', '.join(map(str, layers))} do" if layers else "no layer of this model does"
-            raise fail("K707", f"layer {layer} keeps the pick `{name}` before any layer fills it for KV head {head}",
+            raise fail("K707", f"layer {layer} {verb} the pick `{name}` before any layer fills it for KV head {head}",
                        context.places.span(term),
                        f"{where}: name later layers, or let an earlier one pick")  # fmt: skip
 
 
-def _check_in_time(term: RegionOp, reader: Decision, writers: list[PickOp], context: Context) -> None:
+def _check_in_time(term: RegionOp, reader: AnySet, writers: list[PickOp], context: Context) -> None:
     """A pick that is read in an earlier phase than any in which it is sure to be filled would be empty there."""
-    needed = min((_PHASES.index(phase) for t in reader.triggers for phase in _may_fire(t)), default=len(_PHASES))
+    never = 0 if isinstance(reader, AttendOp) else len(_PHASES)  # without a trigger: in every forward
+    needed = min((_PHASES.index(phase) for t in reader.triggers for phase in _may_fire(t)), default=never)
     for writer in writers:
         sure = [_PHASES.index(t.kind.data) for t in writer.triggers if t.kind.data in _PHASES and t.cond.value.data < 0]
         if min(sure, default=len(_PHASES)) > needed and not _fires_with(writer, reader):
@@ -92,7 +90,7 @@ def _check_in_time(term: RegionOp, reader: Decision, writers: list[PickOp], cont
 def _fires_with(writer: PickOp, reader: Decision) -> bool:
     """Whether a pick is made whenever it is read: the same triggers, their conditions the same for all rows."""
 
-    def times(decision: Decision) -> set[tuple[str, int, str, SSAValue | None]]:
+    def times(decision: AnySet) -> set[tuple[str, int, str, SSAValue | None]]:
         found = set()
         for t in decision.triggers:
             cond = decision.conds[t.cond.value.data] if t.cond.value.data >= 0 else None

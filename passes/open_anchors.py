@@ -72,15 +72,16 @@ class _Emitter:
 
 
 def gathered_evictions(plan: PolicyPlan, site: str, scale: float, tensors: int) -> fx.GraphModule | None:
-    """The graph after the last layer of a decode step: one eviction over the stores of all layers.
+    """The graph after the last layer of a decode step: one eviction over the stores of all layers that are not off.
 
     `tensors` is the number of tensors of one layer's store; None where the policy never evicts in a step.
     """
     if not plan.evicts_in_step:
         return None
     graph = fx.Graph()
-    stores = [graph.placeholder(f"store_{i}") for i in range(plan.facts.layers * tensors)]
-    graph.call_function(_ops.evict_step_v1.default, (stores, plan.facts.layers, scale, site))
+    layers = len(plan.live)
+    stores = [graph.placeholder(f"store_{i}") for i in range(layers * tensors)]
+    graph.call_function(_ops.evict_step_v1.default, (stores, layers, scale, site))
     graph.output(())
     return fx.GraphModule(torch.nn.Module(), graph, "GatheredEvictions")
 

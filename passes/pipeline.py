@@ -142,10 +142,10 @@ def probes_of(resolved: Resolved) -> dict[str, tuple[str, int | None]]:
 def _bases(loaded: Loaded, resolved: Resolved) -> dict[str, Path | None]:
     """The folder that each name's path counts from; None for names of a library file."""
     found = {head.decl.name: head.base for head in resolved.heads}
-    for placed in resolved.of(ast.Share, ast.State, ast.On):
+    for placed in resolved.of(ast.Share, ast.State, ast.On, ast.Score):
         own = loaded.base if placed.clause.span.source == loaded.file.source else None
         match placed.clause:
-            case ast.Share(name=name):
+            case ast.Share(name=name) | ast.Score(name=name):
                 found[name] = own
             case ast.State(assigns=assigns):
                 found |= {assign.name: own for assign in assigns}

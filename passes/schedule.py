@@ -1,8 +1,8 @@
 """Schedule: how forwards run, and in which phases each class decides.
 
-Takes a bound kv module; adds `kv.schedule` and, to every `kv.keep` and `kv.pick`, the order that its rows need and its
-phases. Guarantees: prompts are cut by the smallest `chunk(c)`; scores that look at the prompt's end are never asked
-for in a step; all sets of the same rows agree on their order.
+Takes a bound kv module; adds `kv.schedule` and, to every set, its phases, to `kv.keep` and `kv.pick` the order that
+their rows need. Guarantees: prompts are cut by the smallest `chunk(c)`; scores that look at the prompt's end are never
+asked for in a step; all sets of the same rows agree on their order, and what reads these rows by units has it, too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from xdsl.ir import Block, Operation
 from kvcompile.dsl import dialect as kv
 from kvcompile.dsl.diagnostics import fail
 from kvcompile.dsl.dialect_losers import LoserOp
-from kvcompile.dsl.dialect_policy import PositionsOp, ScheduleOp, StateOp, UnitOp, UpdateOp
-from kvcompile.dsl.dialect_sets import Decision, KeepOp, PickOp, RegionOp, TopOp, TriggerAttr
+from kvcompile.dsl.dialect_policy import PositionsOp, ScheduleOp, SiteOp, StateOp, UnitOp, UpdateOp
+from kvcompile.dsl.dialect_sets import AnySet, AttendOp, RegionOp, TopOp
 from kvcompile.dsl.dialect_sources import LearnedOp
 from kvcompile.dsl.module import ops_of, policy_of
 from kvcompile.passes.context import Context
@@ -41,22 +41,26 @@ class Schedule:
 
     def __call__(self, module: ModuleOp, context: Context) -> None:
         policy = policy_of(module)
-        sets = [op for op in ops_of(module) if isinstance(op, KeepOp | PickOp)]
+        sets = [op for op in ops_of(module) if isinstance(op, AnySet)]
+        rows = _rows_read(module)
         compact = any(isinstance(op, PositionsOp) for op in ops_of(module))
         peek = window = 0
         ordered: set[str] = set()  # classes whose rows stay in position order
         for each in sets:
             ops = below_set(each, module)
             widths = {kind: _width(ops, kind) for kind in ("peek", "last")}
-            phases = _phases(each.triggers)
+            phases = _phases(each)
             if widths["peek"] and "step" in phases:
                 raise fail("K705", "`peek` looks at the end of the prompt, and this set is also computed in steps",
                            context.places.span(each), "use `last`, or triggers of the prompt alone")  # fmt: skip
             if compact or any(_by_position(op) for op in ops):
-                ordered.add(each.of.root_reference.data)
+                name = each.of.root_reference.data
+                ordered |= rows.get(name, {name})
             each.phases = ArrayAttr([StringAttr(phase) for phase in phases])
             peek, window = max(peek, widths["peek"]), max(window, widths["last"])
         for each in sets:
+            if isinstance(each, AttendOp) or each.of.root_reference.data in rows:
+                continue
             each.order = StringAttr("position" if each.of.root_reference.data in ordered else "any")
         pieces = [t.n.value.data for each in sets for t in each.triggers if t.kind.data == "chunk" and t.n.value.data]
         schedule = ScheduleOp(min(pieces, default=0), peek, window, self.page)
@@ -64,12 +68,24 @@ class Schedule:
         policy.body.block.add_op(schedule)
 
 
-def _phases(triggers: ArrayAttr[TriggerAttr]) -> list[str]:
-    found = {phase for trigger in triggers for phase in _PHASES[trigger.kind.data]}
-    return [phase for phase in ("chunk", "prefill.end", "step") if phase in found]
+def _rows_read(module: ModuleOp) -> dict[str, set[str]]:
+    """The classes of the rows of all readers."""
+    found: dict[str, set[str]] = {}
+    for site in ops_of(module):
+        if isinstance(site, SiteOp):
+            for readers, cls in zip(site.reading(), site.classes, strict=True):
+                if readers is not None:
+                    found.setdefault(readers, set()).add(cls.root_reference.data)
+    return found
 
 
-def below_set(decision: Decision, module: ModuleOp) -> list[Operation]:
+def _phases(each: AnySet) -> list[str]:
+    found = {phase for trigger in each.triggers for phase in _PHASES[trigger.kind.data]}
+    always = isinstance(each, AttendOp) and not each.triggers
+    return [phase for phase in ("chunk", "prefill.end", "step") if always or phase in found]
+
+
+def below_set(decision: AnySet, module: ModuleOp) -> list[Operation]:
     """All operations that a decision is computed from, through states, their updates and units too."""
     declared: dict[str, list[Operation]] = {}
     for fact in ops_of(module):

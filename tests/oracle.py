@@ -1,7 +1,8 @@
 """The truth that the product is measured against: a plain simulation of what a policy means.
 
-Takes a Hugging Face model, one prompt without padding and a forced continuation, and a rule of `oracle_policies`.
-Keeps every key and value for ever and a resident flag per (layer, KV head, position); masks what is not resident.
+Takes a Hugging Face model, one prompt without padding and a forced continuation, a rule of `oracle_policies` and, where
+queries do not read all that is there, one of `oracle_reads`. Keeps every key and value for ever and a resident flag per
+(layer, KV head, position); masks what is not resident, and what a query does not read.
 Gives the logits and the kept positions after each forward, and the KV footprint counted from the flags.
 Uses nothing of kvcompile, so a mistake in the product cannot hide here.
 """
@@ -100,9 +101,9 @@ class Forward:
 class Oracle:
     """Runs `model` under `rule`. The model must be one that nothing else has rewritten; it is left as it was."""
 
-    def __init__(self, model: PreTrainedModel, rule) -> None:
+    def __init__(self, model: PreTrainedModel, rule, reader=None) -> None:
         config = model.config
-        self.model, self.rule = model, rule
+        self.model, self.rule, self.reader = model, rule, reader
         self.layers = config.num_hidden_layers
         self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.group = config.num_attention_heads // self.heads
@@ -127,6 +128,15 @@ class Oracle:
         self.scaling = 1.0
         self.forwards: list[Forward] = []
         self.closest = math.inf  # smallest relative distance between a kept and a dropped score, exact ties apart
+
+    @property
+    def off(self) -> frozenset[int]:
+        """Layers without attention, which hold nothing."""
+        return self.reader.off if self.reader else frozenset()
+
+    def reach(self, layer: int) -> int:
+        """How many of the newest tokens, its own included, a query of the layer can read; 0: all."""
+        return 0
 
     # -- feeding tokens -------------------------------------------------------------------------------------------
 
@@ -170,10 +180,13 @@ class Oracle:
         """Attention of one layer: query [Hq, n, D], key and value [Hkv, n, D] of this forward -> [n, Hq, D]."""
         self.scaling = scaling
         piece, n = self.piece, query.shape[1]
+        there = [row.positions() for row in self.rows[layer]]
+        for head, row in enumerate(self.rows[layer]):
+            self._insert(row, query[head * self.group : (head + 1) * self.group], key[head], value[head])
+        sets = self.reader.sets(self, layer) if self.reader else None
         outputs = []
         for head in range(self.heads):
-            row = self.rows[layer][head]
-            past = row.positions()
+            row, past = self.rows[layer][head], there[head]
             columns = past + list(range(piece.start, piece.start + n))
             keys = self.turned(torch.cat([row.keys[past], key[head]]), 0)
             values = torch.cat([row.values[past], value[head]])
@@ -183,13 +196,14 @@ class Oracle:
             for j in range(n):
                 readable = len(past) + j + 1
                 logit = (asking[:, j] @ keys[:readable].T).float() * scaling
+                if sets is not None and j < piece.tokens:
+                    logit = logit.masked_fill(~marks(sets[head][j], columns[:readable]), -math.inf)
                 probabilities, rest = self.shares(row, logit, asking[:, j])
                 row.reads[:, j, columns[:readable]] = probabilities
                 output[:, j] = probabilities.to(values.dtype) @ values[:readable]
                 if row.folded is not None:
                     output[:, j] += rest[:, None] * row.folded.value
             outputs.append(output)
-            self._insert(row, query[head * self.group : (head + 1) * self.group], key[head], value[head])
             for j in range(piece.tokens):
                 self.rule.on_read(row, row.reads[:, j, : piece.start + piece.tokens])
                 self.rule.on_query(self, layer, head, piece.start + j)
@@ -213,6 +227,22 @@ class Oracle:
         """What the row's query at position `place` may read of what is resident now: positions, logits [G, of them]."""
         columns = [p for p in row.positions() if p <= place]
         return columns, (self.query(row, place) @ self.turned(row.keys[columns], 0).T) * self.scaling
+
+    def logarithms(self, layer: int, head: int, place: int) -> Tensor:
+        """Logits [G, T] of a query over all that it may read of what is resident, -inf elsewhere."""
+        row = self.rows[layer][head]
+        columns, logit = self.logits(row, place)
+        out = torch.full((self.group, len(row.resident)), -math.inf)
+        out[:, columns] = logit
+        return out
+
+    def attention(self, layer: int, head: int, place: int) -> Tensor:
+        """The same as probabilities, 0 elsewhere."""
+        row = self.rows[layer][head]
+        columns, logit = self.logits(row, place)
+        out = torch.zeros(self.group, len(row.resident))
+        out[:, columns] = self.shares(row, logit, self.query(row, place))[0]
+        return out
 
     def query(self, row: Row, place: int) -> Tensor:
         """The row's query at position `place`, [G, D], as it reads what is resident now."""
@@ -261,7 +291,8 @@ class Oracle:
         pairs = 0
         for f in self.forwards:
             n = f.piece.tokens + f.piece.peeked
-            pairs += sum(n * (n + 1) // 2 + n * p for layer in f.before for p in layer)
+            here = [layer for i, layer in enumerate(f.before) if i not in self.off]
+            pairs += sum(n * (n + 1) // 2 + n * p for layer in here for p in layer)
         return pairs / (self.layers * self.heads) / (total * (total + 1) / 2)
 
     def peak(self) -> float:
@@ -290,21 +321,32 @@ class Oracle:
             self.closest = min(self.closest, abs(a - b) / max(abs(a), abs(b)))
 
 
+def marks(sets: Sequence[set[int]], columns: Sequence[int]) -> Tensor:
+    """Which columns are in each of the sets: bool [sets, columns]."""
+    return torch.tensor([[p in chosen for p in columns] for chosen in sets])
+
+
 _ACTIVE: list[Oracle] = []
 
 
 class _reading:
-    """Makes the model's attention call back into one oracle, and puts the model's own attention back."""
+    """Makes the model's attention call back into one oracle, and puts the model's own attention back. Layers that are
+    off add nothing to the residual stream."""
 
     def __init__(self, oracle: Oracle) -> None:
         self.oracle = oracle
+        self.off = [oracle.model.model.layers[layer].self_attn for layer in oracle.off]
 
     def __enter__(self) -> None:
         self.before = self.oracle.model.config._attn_implementation
         self.oracle.model.set_attn_implementation(ATTENTION)
         _ACTIVE.append(self.oracle)
+        for module in self.off:
+            module.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
 
     def __exit__(self, *exc: object) -> None:
+        for module in self.off:
+            del module.forward
         _ACTIVE.pop()
         self.oracle.model.set_attn_implementation(self.before)
 

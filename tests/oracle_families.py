@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from tests.families import family_model, prompt
-from tests.oracle import Forward, Kept, Oracle, Piece, Row
+from tests.oracle import Forward, Kept, Oracle, Piece, Row, marks
 
 ATTENTION = "test_family_oracle"
 MASKED = torch.finfo(torch.float32).min
@@ -51,8 +51,8 @@ def windows_of(name: str, **changes: Any) -> tuple[int, ...]:
 class FamilyOracle(Oracle):
     """Runs `model` under `rule`. The model is left with the oracle's attention."""
 
-    def __init__(self, model: PreTrainedModel, rule: Any, windows: Sequence[int]) -> None:
-        super().__init__(model, rule)
+    def __init__(self, model: PreTrainedModel, rule: Any, windows: Sequence[int], reader: Any = None) -> None:
+        super().__init__(model, rule, reader)
         self.windows = windows
         self.left: list[list[bool]] = []  # whether a row's oldest entry has left the window with the newest query
         self.asked: dict[int, tuple[Any, dict[str, Any]]] = {}  # of each layer: its module, what it asks for
@@ -90,15 +90,32 @@ class FamilyOracle(Oracle):
         for head, row in enumerate(self.rows[layer]):
             self._insert(row, query[0, head * self.group : (head + 1) * self.group], key[0, head], value[0, head])
         resident = [torch.cat([old, torch.ones(n, dtype=torch.bool)]) for old in before]
-        output, probs = self._read(layer, query, torch.arange(start, start + n), resident)
+        sets = self.reader.sets(self, layer) if self.reader else None
+        output, probs = self._read(layer, query, torch.arange(start, start + n), resident, sets)
         for head, row in enumerate(self.rows[layer]):
             row.reads = probs[0, head * self.group : (head + 1) * self.group]
             for j in range(n):
                 self.rule.on_read(row, row.reads[:, j])
         return output, None
 
-    def _read(self, layer: int, query: Tensor, places: Tensor, resident: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Attention of queries [1, Hq, n, D] at places [n] to what is resident of each KV head."""
+    def reach(self, layer: int) -> int:
+        return self.windows[layer]
+
+    def attention(self, layer: int, head: int, place: int) -> Tensor:
+        query = torch.cat([row.queries[:, place : place + 1] for row in self.rows[layer]])[None]
+        resident = [row.resident for row in self.rows[layer]]
+        _, probs = self._read(layer, query, torch.tensor([place]), resident)
+        return probs[0, head * self.group : (head + 1) * self.group, 0]
+
+    def logarithms(self, layer: int, head: int, place: int) -> Tensor:
+        """As those of `Oracle`, but for a number that all entries share."""
+        return self.attention(layer, head, place).log()
+
+    def _read(
+        self, layer: int, query: Tensor, places: Tensor, resident: list[Tensor], sets: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of queries [1, Hq, n, D] at places [n] to what is resident of each KV head; sets: positions that
+        each reads of it, [KV head][query][query head of the group]."""
         rows, window = self.rows[layer], self.windows[layer]
         module, asked = self.asked[layer]
         at = torch.arange(len(rows[0].keys))
@@ -106,6 +123,9 @@ class FamilyOracle(Oracle):
         if window:
             seen &= at > places[:, None] - window
         readable = torch.stack([seen & here for here in resident]).repeat_interleave(self.group, 0)
+        if sets is not None:
+            chosen = [torch.stack([marks(each, range(len(at))) for each in head], 1) for head in sets]
+            readable = readable & torch.cat(chosen)
         mask = torch.where(readable, 0.0, MASKED)[None]
         keys, values = (torch.stack([getattr(row, name) for row in rows])[None] for name in ("keys", "values"))
         output, probs = eager(module, query, keys, values, mask, **asked)

@@ -10,10 +10,12 @@ from torch import Tensor
 from kvcompile.kernels import cpu, evict, states
 from kvcompile.kernels.cpp_backend import piece
 from kvcompile.kernels.cpp_backend.library import cpp_library
+from kvcompile.kernels.cpp_backend.reads import Reads
 from kvcompile.kernels.cpp_backend.step import Steps
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.kernels.states import Weights
+from kvcompile.kernels.reads import narrows
+from kvcompile.kernels.states import UNTRAINED, Weights
 
 
 class Cpp:
@@ -22,15 +24,20 @@ class Cpp:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._steps = Steps()
+        self._steps, self._reads = Steps(), Reads()
 
     def prepare(self, plan: PolicyPlan) -> None:
         """Build the policy's kernels, before any time is taken."""
         cpp_library(plan).build()
 
-    def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = piece.attend_prefill(plan, site, q, k, v, scale)
-        return cpu.attend_prefill(plan, site, q, k, v, scale) if out is None else out
+    def attend_prefill(
+        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights = UNTRAINED
+    ) -> Tensor:
+        if narrows(plan, site):
+            out = self._reads.prefill(plan, site, q, k, v, scale)
+        else:
+            out = piece.attend_prefill(plan, site, q, k, v, scale)
+        return cpu.attend_prefill(plan, site, q, k, v, scale, weights) if out is None else out
 
     def observe(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
@@ -40,7 +47,8 @@ class Cpp:
     def attend_step(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
     ) -> Tensor:
-        out = self._steps.attend(plan, site, q, k, v, scale)
+        by = self._reads.step if narrows(plan, site) else self._steps.attend
+        out = by(plan, site, q, k, v, scale)
         return cpu.attend_step(plan, site, q, k, v, scale, weights) if out is None else out
 
     def insert(self, plan: PolicyPlan, cls: int, site: Site, k: Tensor, v: Tensor, state: Tensor | None) -> None:

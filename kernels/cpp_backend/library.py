@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kvcompile.kernels import cache_folder
 from kvcompile.kernels.choose import specs_for
+from kvcompile.kernels.choose_reads import read_specs
 from kvcompile.kernels.contexts_cpp import context
 from kvcompile.kernels.cpp_backend.build import NoUsableCompiler, build_all, load, tell
 from kvcompile.kernels.errors import KvCompileError
@@ -39,13 +40,17 @@ def write_cpp(plan: PolicyPlan, place: Path | None = None, sizes: Sizes | None =
     """Render every kernel of a policy that has a C++ form into `place` (default: its cache folder): name -> file."""
     place = place or folder(plan.name, plan.digest)
     files = {}
-    for spec in specs_for(plan):
+    for spec in _specs(plan):
         try:
             source = render(spec, header_for(plan, spec, sizes or Sizes(), "cpp"), "cpp")
         except Unprintable:
             continue
         files[spec.cpp_name] = CppFile(spec, write(source, place / f"{spec.cpp_name}.cpp"), source)
     return files
+
+
+def _specs(plan: PolicyPlan) -> tuple[KernelSpec, ...]:
+    return tuple(dict.fromkeys([*specs_for(plan), *read_specs(plan)]))
 
 
 def built() -> Path:
@@ -55,12 +60,12 @@ def built() -> Path:
 
 def cpp_names(plan: PolicyPlan) -> tuple[str, ...]:
     """The names of a plan's C++ kernels, in the order of `specs_for`; nothing is written."""
-    return tuple(spec.cpp_name for spec in specs_for(plan) if _why_not(spec) is None)
+    return tuple(spec.cpp_name for spec in _specs(plan) if _why_not(spec) is None)
 
 
 def without_cpp(plan: PolicyPlan) -> tuple[str, ...]:
     """The kernels of a plan that have no C++ form, each with the reason."""
-    return tuple(f"{spec.name}: {why}" for spec in specs_for(plan) if (why := _why_not(spec)) is not None)
+    return tuple(f"{spec.name}: {why}" for spec in _specs(plan) if (why := _why_not(spec)) is not None)
 
 
 def _why_not(spec: KernelSpec) -> str | None:

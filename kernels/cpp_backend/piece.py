@@ -74,8 +74,9 @@ def means_of(plan: PolicyPlan, cls: int) -> Means:
 
 
 def _as_planned(plan: PolicyPlan, rows: Rows) -> bool:
-    """Whether keys are what the kernels take: of the plan's dtype, read as they lie."""
-    return rows.k is not None and rows.bias is None and str(rows.k.dtype) == f"torch.{plan.facts.dtype}"
+    """Whether keys are what the kernels take: of the plan's dtype, read as they lie, by all queries alike."""
+    plain = rows.bias is None and rows.narrow is None
+    return rows.k is not None and plain and str(rows.k.dtype) == f"torch.{plan.facts.dtype}"
 
 
 def _columns(kernel: scores.Library, q: Tensor, qpos: Tensor, rows: Rows) -> Tensor:

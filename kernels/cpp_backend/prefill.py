@@ -25,7 +25,7 @@ _NUMBERS = ("batch", "kv_heads", "columns", "reach")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Piece(ctypes.Structure):
+class Piece(ctypes.Structure):
     """`struct Piece` of templates/prefill.cpp.jinja, field by field."""
 
     _fields_ = [
@@ -72,18 +72,25 @@ def read(
     lse float32 [B, Hq, M], contiguous, is filled: of each query's logits, natural.
     """
     batch, heads, columns, size = q.shape
-    given = {"q": q, "k": k, "v": v, "lse": lse, "first": first, "window": window, "sink": sink}
     out = q.new_zeros(batch, columns, heads, size)
-    at = {name: None if t is None else t.data_ptr() for name, t in given.items()}
-    strides = {f"{n}_strides": (ctypes.c_int64 * 3)(*t.stride()[:3]) for n, t in (("q", q), ("k", k), ("v", v))}
-    piece = _Piece(
-        **at, **strides, out=out.data_ptr(), batch=batch, kv_heads=k.shape[1], columns=columns, reach=reach,
-        scale=scale, cap=cap,
-    )  # fmt: skip
+    given = {"lse": lse, "first": first, "window": window, "sink": sink}
+    piece = piece_of(q, k, v, out, scale, cap=cap, reach=reach, **given)
     past = None if site is None else ctypes.byref(c_site(site, k.shape[1]))
     clock = None if site is None else ctypes.c_void_p(site.clock.data_ptr())
     library.prefill(ctypes.byref(piece), past, clock, torch.get_num_threads())
     return out
+
+
+def piece_of(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, *, cap: float = 0.0, reach: int = 0,
+    **beside: Tensor | None,
+) -> Piece:  # fmt: skip
+    """A call's tensors by address, `beside` those of `read`; it owns nothing."""
+    given = {"q": q, "k": k, "v": v, "out": out, **beside}
+    at = {name: None if t is None else t.data_ptr() for name, t in given.items()}
+    strides = {f"{n}_strides": (ctypes.c_int64 * 3)(*t.stride()[:3]) for n, t in (("q", q), ("k", k), ("v", v))}
+    sizes = {"batch": q.shape[0], "kv_heads": k.shape[1], "columns": q.shape[2]}
+    return Piece(**at, **strides, **sizes, reach=reach, scale=scale, cap=cap)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, window: Tensor, scale: float) -> Tensor:

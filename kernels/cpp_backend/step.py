@@ -131,7 +131,7 @@ class Steps:
 
     def evict(self, plan: PolicyPlan, sites: list[Site], scale: float) -> None:
         """As `evict.evict_step`; the layers' reads came from `attend`, in this forward."""
-        if not bool(sites[0].fires.any()):
+        if not bool(sites[0].fires[: len(plan.classes)].any()):
             return
         kernels = self._kernels(plan)
         ready = kernels.evictions and not plan.picks and sites[0].k.dtype == kernels.dtype

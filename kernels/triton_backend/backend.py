@@ -19,11 +19,12 @@ from kvcompile.kernels.gather import Fresh, gather_rows, needs_keys, query_sourc
 from kvcompile.kernels.layout import Clock, Site, compact
 from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan, Selection, StatePlan, UnitPlan
 from kvcompile.kernels.ranks import has_joint
+from kvcompile.kernels.reads import narrows
 from kvcompile.kernels.rows import Rows, as_read_by
 from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.span import competes
 from kvcompile.kernels.stages import Unprintable
-from kvcompile.kernels.states import Weights, growth, observe
+from kvcompile.kernels.states import UNTRAINED, Weights, growth, observe
 from kvcompile.kernels.triton_backend import prefill
 from kvcompile.kernels.triton_backend.attend import (
     alone,
@@ -59,18 +60,20 @@ class Triton:
         """As `states.observe`: what queries add to a state by kernel, where its formula has one."""
 
         def grown(states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str, Tensor]:
-            return _growth(plan, states, rows, fresh)
+            return _growth(plan, states, rows, fresh) if rows.narrow is None else growth(states, rows, fresh)
 
         return observe(plan, site, q, k, v, scale, weights, grown)
 
-    def attend_prefill(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_prefill(
+        self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights = UNTRAINED
+    ) -> Tensor:
         """As `reference.attend_prefill`; a long dense piece without past or padding goes to torch's own attention.
 
         Whether it is one is on the device alone: only there, and only for long pieces, is a value read back.
         """
-        module = self._reader(plan, site, q.shape[2])
+        module = None if narrows(plan, site) else self._reader(plan, site, q.shape[2])
         if module is None:
-            return reference.attend_prefill(plan, site, q, k, v, scale)
+            return reference.attend_prefill(plan, site, q, k, v, scale, weights)
         plain = not plan.facts.softcap and not plan.facts.sinks
         if plain and library_reads(q, k, v) and alone(site, k):
             out = dense(q, k, v, scale)
@@ -92,7 +95,7 @@ class Triton:
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
     ) -> Tensor:
         """As `reference.attend_step`, without a look at any device value."""
-        step = self._decoder(plan, site)
+        step = None if narrows(plan, site) else self._decoder(plan, site)
         if step is None:
             return reference.attend_step(plan, site, q, k, v, scale, weights)
         active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]

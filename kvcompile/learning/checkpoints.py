@@ -22,7 +22,8 @@ from torch import Tensor
 from kvcompile.kernels.errors import KvCompileError
 
 FORMAT = 1
-MAX_BYTES = 256 << 20  # of either file
+MAX_BYTES = 256 << 20  # of the index
+MAX_TENSORS = 4 << 30  # gates of units and their optimiser's two moments; 700 MiB for 32 layers of 32 heads
 INDEX = "state.json"
 _NAME = re.compile(r"state-[0-9]+\.safetensors", re.ASCII)
 
@@ -100,7 +101,7 @@ def read_files(folder: Path) -> Files | None:
     name = _parsed(text, folder).get("tensors")
     if not isinstance(name, str) or not _NAME.fullmatch(name):  # also keeps the name inside of the folder
         raise _damaged(folder, f"{INDEX} names no file of tensors")
-    return Files(text, _bounded(folder / name, folder))
+    return Files(text, _bounded(folder / name, folder, MAX_TENSORS))
 
 
 def state_of(files: Files, folder: Path, identity: Mapping[str, Any]) -> State:
@@ -151,14 +152,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:20]}..."
 
 
-def _bounded(path: Path, folder: Path) -> bytes:
+def _bounded(path: Path, folder: Path, most: int | None = None) -> bytes:
+    most = MAX_BYTES if most is None else most
     try:
         with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+            data = stream.read(most + 1)
     except FileNotFoundError:
         raise _damaged(folder, f"{path.name} is missing") from None
-    if len(data) > MAX_BYTES:
-        raise _damaged(folder, f"{path.name} is larger than {MAX_BYTES} bytes")
+    if len(data) > most:
+        raise _damaged(folder, f"{path.name} is larger than {most} bytes")
     return data
 
 

@@ -83,11 +83,15 @@ class Data:
         """Tokens of the longest sequence that any loss looks at."""
         return max(row.scored for row in self.rows)
 
-    def batch(self, seed: int, step: int, size: int) -> Batch:
-        """The `size` sequences of a step, int64 on the host: shuffled anew each time that all have had their turn."""
+    def chosen(self, seed: int, step: int, size: int) -> list[Row]:
+        """The `size` sequences of a step, shuffled anew each time that all have had their turn."""
         count = len(self.rows)
         places = [divmod(step * size + i, count) for i in range(size)]
-        chosen = [self.rows[_order(seed, epoch, count)[place]] for epoch, place in places]
+        return [self.rows[_order(seed, epoch, count)[place]] for epoch, place in places]
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        """The same, int64 on the host."""
+        chosen = self.chosen(seed, step, size)
         shape = size, max(len(row.ids) for row in chosen)
         out = Batch(
             torch.zeros(shape, dtype=torch.int64),

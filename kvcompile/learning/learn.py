@@ -1,6 +1,7 @@
-"""`learn`: which heads a policy's learned class shall have, found by training gates on a frozen model.
+"""`learn`: which heads a policy's learned class shall have, or which units its trained score names, on a frozen model.
 
-Takes a Hugging Face model, a policy with a `learn` block and data; gives scores of all KV heads and a mask to save.
+Takes a Hugging Face model, a policy with a `learn` block and data; gives scores of all KV heads and a mask to save, or
+gates of units.
 Guarantees: the model's weights, modes, configuration and forwards are as before, however the call ends; the same
 arguments give the same scores on the same machine; what can be seen to be in vain is refused before the first step.
 """
@@ -8,6 +9,7 @@ arguments give the same scores on the same machine; what can be seen to be in va
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,17 +21,20 @@ from torch import Tensor, nn
 
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.readable import last_readers
+from kvcompile.learning.block_gates import LearnedGates
 from kvcompile.learning.data import Data
+from kvcompile.learning.distil import distil
 from kvcompile.learning.gates import Gates
 from kvcompile.learning.masks import HeadScores, part_of, provenance
 from kvcompile.learning.sources import Reader, load_data
 from kvcompile.learning.spread import group_of
 from kvcompile.learning.training import Run, first_gates, train
 from kvcompile.passes.facts import model_facts
-from kvcompile.passes.learning import LearnPlan, compile_learn
+from kvcompile.passes.learning import DistilPlan, LearnPlan, compile_learn
 from kvcompile.passes.sites import find_sites
 
-STEPS = {"hard_concrete": 1000, "sparsemax": 1000, "clamp01": 2000}  # as published, per kind of gate
+# As published, per kind of gate.
+STEPS = {"hard_concrete": 1000, "sparsemax": 1000, "clamp01": 2000, "block_gate": 500, "query_gate": 800}
 MOST = {"steps": 1 << 20, "batch": 1 << 16, "draws": 1 << 16, "length": 1 << 24}
 COMPILE = ("off", "eager", "inductor")
 DTYPES = ("auto", "bf16", "fp32")
@@ -77,32 +82,36 @@ def learn(
     tokenizer: Any = None,
     progress: bool = False,
     **params: Any,
-) -> Learned:
-    """Learn the heads of a class by the policy's `learn` block; weights stay as they are.
+) -> Learned | LearnedGates:
+    """Learn the heads of a class, or a trained score, by the policy's `learn` block; weights stay as they are.
 
-    policy, name, params: as in `optimize`. heads: the class, where a policy has several blocks. data: a path to .txt or
-    .jsonl or a folder of such files, `suite:NAME`, or `kvcompile.learning.data.Sequence` objects. steps: 1000, 2000
-    with clamp01 gates. batch: sequences a step, of all processes together. length: tokens of a window of text, or of a
-    suite's prompts (the model's positions, 4096 at most). lr: of the gates (1.0; 0.02 with clamp01). draws: how often
-    gates are drawn in a step, whose sequences are shared out among them, 1 to `batch`; None: for each sequence.
-    keep: part of the KV heads that is marked when saved (what the block says). dtype: "auto" computes in the weights'
-    own type; "bf16" under autocast, which leaves the weights alone; "fp32" wants float32 weights. checkpoint: a folder
-    for the state, which an equal call goes on from unless `resume` is False. compile: "off", "eager" or "inductor".
-    tokenizer: needed for text; by default that of the folder that the model was loaded from.
+    policy, name, params: as in `optimize`. heads: the class or score, where a policy has several blocks. data: a path
+    to .txt or .jsonl or a folder of such files, `suite:NAME`, or `kvcompile.learning.data.Sequence` objects. steps:
+    1000; 2000 with clamp01 gates, 500 and 800 for block_gate and query_gate. batch: sequences a step, of all processes
+    together. length: tokens of a window of text, or of a suite's prompts (the model's positions, 4096 at most). lr: of
+    the gates (1.0; 0.02 with clamp01, 0.001 of units). draws: how often gates are drawn in a step, whose sequences are
+    shared out among them, 1 to `batch`; None: for each sequence. keep: part of the KV heads that is marked when saved
+    (what the block says). dtype: "auto" computes in the weights' own type; "bf16" under autocast, which leaves the
+    weights alone; "fp32" wants float32 weights. checkpoint: a folder for the state, which an equal call goes on from
+    unless `resume` is False. compile: "off", "eager" or "inductor". tokenizer: needed for text; by default that of the
+    folder that the model was loaded from.
 
     Under torchrun every process calls this alike; with GPUs leave the model on the CPU, each process shards a copy.
+    Gates of units are trained by one process; draws, keep, compile and gradient checkpointing have no use for them.
     Raises PolicyError for the policy, KvCompileError for the rest.
     """
-    draws = batch if draws is None else draws
-    asked = {"batch": batch, "draws": draws, "length": length, "steps": steps}
+    asked = {"batch": batch, "draws": batch if draws is None else draws, "length": length, "steps": steps}
     _check_numbers(asked, seed, dtype, compile)
     if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
         raise KvCompileError(f"checkpoint {checkpoint} is a file: name a folder")
     find_sites(model)  # refuses what has no attention to mix, before anything else is read
     facts = model_facts(model)
     plan = compile_learn(policy, facts, name=name, heads=heads, **params)
+    if isinstance(plan, DistilPlan):
+        refuse_for_units(keep=keep, draws=draws, gradient_checkpointing=gradient_checkpointing, compile=compile)
     kept = part_kept(plan.keep if keep is None else keep, facts.layers * facts.kv_heads)
-    steps = steps or STEPS[plan.gate.kind]
+    draws = batch if draws is None else draws
+    steps = steps or STEPS[plan.kind]
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(config, "max_position_embeddings", None)
@@ -113,7 +122,8 @@ def learn(
     found = load_data(
         data, reader, count=steps * batch, seed=seed, labels="next_token" in kinds, answers="hidden_mse" in kinds
     )
-    _check_apart(plan, found)
+    if isinstance(plan, LearnPlan):
+        _check_apart(plan, found)
     about = {
         **provenance(model, plan, method="learn", data=found.description, steps=steps, seed=seed),
         "model_digest": model_digest(model),
@@ -138,6 +148,8 @@ def learn(
         progress=progress,
         identity={key: value for key, value in about.items() if key not in APART},
     )
+    if isinstance(plan, DistilPlan):
+        return distil(model, plan, found, run, about)
     gates, history = train(model, plan, found, run, group_of(next(model.parameters()).device))
     scores = _moved(plan, gates, seed, steps)
     final = {key: value for key, value in history[-1].items() if key != "step"}
@@ -156,6 +168,15 @@ def part_kept(keep: Any, heads: int) -> Fraction | None:
     if int(part * heads) == 0:
         raise KvCompileError(f"{keep} of this model's {heads} KV heads is none at all; give 1/{heads} or more")
     return part
+
+
+def refuse_for_units(**given: Any) -> None:
+    """KvCompileError for options that say something of head classes, and for several processes."""
+    for name, value in given.items():
+        if value not in (None, False, "off"):
+            raise KvCompileError(f"{name}={value!r} has no use for gates of units: leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise KvCompileError("gates of units are trained by one process: start it without torchrun")
 
 
 def _check_numbers(counts: Mapping[str, int | None], seed: Any, dtype: str, compile: str) -> None:

@@ -22,7 +22,7 @@ from kvcompile.passes.masks import PROVENANCE, Table, read_masks
 from kvcompile.passes.tables import best, read_bytes, read_table
 
 if TYPE_CHECKING:
-    from kvcompile.passes.learning import LearnPlan
+    from kvcompile.passes.learning import DistilPlan, LearnPlan
 
 FORMAT, VERSION = "kvcompile head scores", 1
 
@@ -84,7 +84,7 @@ class HeadScores:
         else:
             raise KvCompileError(f"cannot save head scores as {target.name!r}: name a file that ends in .tsv, the "
                                  "published layout, or in .safetensors")  # fmt: skip
-        _write(target, data)
+        write(target, data)
         return target
 
     def _tensors(self, part: Fraction | None) -> bytes:
@@ -138,7 +138,7 @@ def _parsed(text: str) -> Fraction | None:
 
 def provenance(
     model: Any,
-    plan: LearnPlan | None = None,
+    plan: LearnPlan | DistilPlan | None = None,
     *,
     method: str,
     data: str,
@@ -164,7 +164,7 @@ def provenance(
         "policy": plan.policy if plan else "",
         "heads": plan.heads if plan else "",
         "digest": plan.digest if plan else "",
-        "gate": plan.gate.kind if plan else "",
+        "gate": plan.kind if plan else "",
         "steps": steps,
         "seed": seed,
         "keep": str(plan.keep) if plan and plan.keep is not None else None,
@@ -183,7 +183,7 @@ def _text(table: Table) -> str:
     return "".join("\t".join(repr(float(value)) for value in row) + "\n" for row in table)
 
 
-def _write(target: Path, data: bytes) -> None:
+def write(target: Path, data: bytes) -> None:
     parent = target.parent
     if not parent.is_dir():
         raise KvCompileError(f"cannot write {target}: {parent} is no folder; make it first, or name another")

@@ -76,7 +76,7 @@ def train(
     with (
         _computed_again(sites, run.again),
         mixed(runner, sites, plan, compile=run.compile) as mix,
-        _bar(run.progress and group.first, run.steps) as tell,
+        bar(run.progress and group.first, run.steps) as tell,
     ):
         try:
             while trainer.done < run.steps:
@@ -211,7 +211,7 @@ def _computed_again(sites: tuple[AttentionSite, ...], wanted: bool) -> Iterator[
 
 
 @contextlib.contextmanager
-def _bar(shown: bool, steps: int) -> Iterator[Any]:
+def bar(shown: bool, steps: int) -> Iterator[Any]:
     """A progress bar on stderr; gives what is told each step's figures."""
     if not shown:
         yield lambda entry: None
@@ -230,6 +230,8 @@ def _bar(shown: bool, steps: int) -> Iterator[Any]:
 
 
 def figures_line(entry: dict[str, Any]) -> str:
-    """A step's figures in words: the loss, and the part of heads that the gates keep."""
+    """A step's figures in words: the loss, and the part of heads that the gates keep, or of units that they find."""
+    if "recall" in entry:
+        return f"loss {entry['loss']:.4f}, recall {entry['recall']:.1%}"
     line = f"loss {entry['loss']:.4f}, kept {entry['kept']:.1%}"
     return line + (f" (target {entry['target']:.1%})" if "target" in entry else "")

@@ -51,9 +51,11 @@ def layer_of(
         length=torch.tensor(lengths, dtype=torch.int32), table=table, free=torch.zeros(0, dtype=torch.int32),
         top=torch.tensor([start]), ring=torch.zeros(batch, facts.q_heads, plan.ring, facts.head_dim, dtype=dtype),
         clock=clock, counts=numbers.contiguous(), fires=fires, scalar=torch.zeros(0, len(lengths)),
-        picked=torch.zeros(0, batch, facts.kv_heads, 0, dtype=torch.uint8), rope=torch.zeros(2, 0, facts.head_dim),
+        picked=torch.zeros(0, batch, facts.kv_heads, 0, dtype=torch.int32), rope=torch.zeros(2, 0, facts.head_dim),
         reach=torch.tensor([facts.reach(i) for i in range(facts.layers)], dtype=torch.int32),
-        sink=noise(seed, facts.layers if facts.sinks else 0, facts.q_heads) * 3,
+        sink=noise(seed, facts.layers if facts.sinks else 0, facts.q_heads) * 3, marks=torch.zeros(0, batch, 0, 0),
+        edges=torch.zeros(0, batch, 0, 0, 2, dtype=torch.int32), marked=torch.zeros(0, batch, 0, dtype=torch.int32),
+        segment=torch.zeros(batch, 0, dtype=torch.int32), links=torch.zeros(batch, 0, 0, 0, dtype=torch.uint8),
     )  # fmt: skip
 
 

@@ -85,10 +85,15 @@ def site_of(
         counts=torch.zeros(1, 0, batch, dtype=torch.int64),
         fires=torch.ones(1, batch, dtype=torch.uint8),
         scalar=torch.full((plan.scalars, len(rows)), float("nan")),
-        picked=torch.zeros(0, batch, kv_heads, 0, dtype=torch.uint8),
+        picked=torch.zeros(0, batch, kv_heads, 0, dtype=torch.int32),
         rope=torch.zeros(2, 0, width) if rope is None else rope,
         reach=torch.zeros(1, dtype=torch.int32),
         sink=torch.zeros(0, plan.facts.q_heads),
+        marks=torch.zeros(0, batch, 0, 0),
+        edges=torch.zeros(0, batch, 0, 0, 2, dtype=torch.int32),
+        marked=torch.zeros(0, batch, 0, dtype=torch.int32),
+        segment=torch.zeros(batch, 0, dtype=torch.int32),
+        links=torch.zeros(batch, 0, 0, 0, dtype=torch.uint8),
     )
 
 

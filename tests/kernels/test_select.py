@@ -327,7 +327,7 @@ def test_the_first_of_some_layers_decides_for_the_others(data: st.DataObject) ->
     term = Selection("top", SCORE, count=1, scope=scope, layers="shared", sharing=sharing, pick=0)
     plan = plan_of((Region("sink", 0), term), layers, 2, picks=1)
     numbers = st.sampled_from([0.0, 1.0, 2.0, 3.0, math.nan])
-    picked = torch.ones(1, 1, 2, 16, dtype=torch.uint8)  # what an older decision has left
+    picked = torch.ones(1, 1, 2, 16, dtype=torch.int32)  # what an older decision has left
     lead: list[set[int]] = [set(), set()]
     for layer in range(layers):
         lines = [Line(layer, h, {p: data.draw(numbers) for p in held}) for h in range(2)]
@@ -345,7 +345,7 @@ def test_a_head_follows_the_first_layer_of_its_group_that_holds_it() -> None:
     term = Selection("top", SCORE, count=1, layers="shared", sharing=2, pick=0)
     plan = replace(plan_of((term,), 2, 2, picks=1), class_of=((0, 1), (0, 0)))
     plan = replace(plan, classes=(*plan.classes, ClassPlan("rest", (Region("all"),), ())))
-    picked = torch.zeros(1, 1, 2, 8, dtype=torch.uint8)
+    picked = torch.zeros(1, 1, 2, 8, dtype=torch.int32)
     numbers = [[0], [1]]
     first = decided(plan, [Line(0, 0, {0: 1.0, 3: 2.0})], 4, numbers, Place(0, (0,), (0,), (0,), picked))
     assert first[1] == {(0, 3)}
@@ -355,7 +355,7 @@ def test_a_head_follows_the_first_layer_of_its_group_that_holds_it() -> None:
 
 
 def test_a_pick_holds_the_winners_until_it_is_filled_again() -> None:
-    picked = torch.zeros(2, 2, 2, 8, dtype=torch.uint8)
+    picked = torch.zeros(2, 2, 2, 8, dtype=torch.int32)
     fills = plan_of(
         (Selection("top", SCORE, count=0, pick=1), Selection("bottom", SCORE, count=0, pick=1)), 1, 2, picks=2
     )

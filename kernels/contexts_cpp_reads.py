@@ -1,0 +1,165 @@
+"""What the C++ templates of reads are filled with: landmarks, scores of units, regions. Beside `contexts_cpp`.
+
+Takes a `KernelSpec` of `choose_reads`, gives the names that its template reads; `Unprintable` for what has no C++ form.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kvcompile.kernels.contexts import LOG2E, Context, attention, expressions
+from kvcompile.kernels.holes import Hole, init_hole, print_hole, spell
+from kvcompile.kernels.plan import Expr, words_of
+from kvcompile.kernels.printers import Axis
+from kvcompile.kernels.printers_cpp import CPP
+from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.stages import Unprintable
+from kvcompile.kernels.unit_scores import cut_units, leaves_heads
+
+_START = {"sum": "0.0f", "mean": "0.0f", "max": "-INFINITY", "min": "INFINITY"}
+_STEP = {"sum": "{0} + {1}", "mean": "{0} + {1}", "max": "max_of({0}, {1})", "min": "min_of({0}, {1})"}
+_ENTRY = {("field", "k"): "key", ("field", "v"): "value"}
+_GROUP = {"g": Axis("GROUP")}
+
+
+@dataclass(frozen=True)
+class _Over:
+    """A reduction over the entries of a unit: statements for one entry, and how they are joined."""
+
+    index: int
+    lines: tuple[str, ...]
+    start: str
+    step: str
+    mean: bool
+    uses: frozenset[str]
+
+
+def marks(spec: KernelSpec) -> Context:
+    """templates/marks.cpp.jinja."""
+    formulas, kinds = expressions(spec), []
+    for told in str(spec.fact("kinds")).split():
+        name, *numbers = told.split(":")
+        size, stride, offset, each, first, edge, channels = map(int, numbers)
+        own = [(key.split(" ", 1)[1], expr) for key, expr in formulas.items() if key.split(" ", 1)[0] == name]
+        if channels != len(own) * spec.number("head_dim"):
+            raise Unprintable(f"landmarks of {name} that have no channels have no C++ form")
+        made = [_landmark(label, expr, i, spec.number("head_dim")) for i, (label, expr) in enumerate(own)]
+        kinds.append(
+            {"name": name, "size": size, "stride": stride, "offset": offset, "each": each, "first": first, "edge": edge,
+             "channels": channels, "marks": made}
+        )  # fmt: skip
+    says = tuple((f"{kind['name']}.{mark['name']}", mark["says"]) for kind in kinds for mark in kind["marks"])
+    return {"formulas": says, "kinds": kinds}
+
+
+def _landmark(name: str, formula: Expr, index: int, head_dim: int) -> dict[str, Any]:
+    reductions = [n for n in formula.walk() if n.op == "reduce" and words_of(n)[1] == "i"]
+    rest, parts = formula, []
+    for i, node in enumerate(reductions):
+        fn = words_of(node)[0]
+        if fn not in _STEP or any(n.op in ("reduce", "pair") or n.value == "norm" for n in node.args[0].walk()):
+            raise Unprintable(f"the landmark {spell(formula)} has no C++ form")
+        hole = print_hole(f"of{i}", node.args[0], _ENTRY, layout="i", dialect=CPP)
+        step = _STEP[fn].format(f"over{i}", hole.result)
+        parts.append(_Over(i, hole.lines, _START[fn], step, fn == "mean", hole.uses))
+        rest = _swapped(rest, node, Expr("tile", (), i))
+    leaves = {("tile", str(i)): f"over{i}" for i in range(len(parts))}
+    hole = print_hole("mark", rest, leaves, layout="i", dialect=CPP)
+    uses = frozenset[str]().union(*(part.uses for part in parts))
+    return {"name": name, "says": spell(formula), "parts": parts, "lines": hole.lines, "result": f"F{{}} + {hole.result}",
+            "uses": uses, "at": index * head_dim}  # fmt: skip
+
+
+def _swapped(expr: Expr, old: Expr, new: Expr) -> Expr:
+    if expr == old:
+        return new
+    return Expr(expr.op, tuple(_swapped(arg, old, new) for arg in expr.args), expr.value, expr.axes)
+
+
+def units(spec: KernelSpec) -> Context:
+    """templates/units.cpp.jinja."""
+    regions = str(dict(spec.holes)["regions"])
+    counts = [line.split(" ", 1) for line in str(dict(spec.holes)["counts"]).split("\n") if line]
+    score = expressions(spec).get("score")
+    made: Context = {
+        "formulas": (("read", regions),) + tuple((f"n{index}", says) for index, says in counts),
+        "regions": regions,
+        "region": re.sub(r"at % (n\d+) == 0", r"multiples(at, \1)", regions),
+        "counts": [(int(index), says) for index, says in counts],
+        "picked": [int(slot) for slot in str(spec.fact("picked")).split()],
+        "chooses": score is not None,
+    }
+    if score is None:
+        return made
+    made["formulas"] += (("score", spell(score)),)
+    made["fraction"] = [int(x) for x in str(spec.fact("fraction")).split("/")]
+    return made | _score(spec, score)
+
+
+def _score(spec: KernelSpec, score: Expr) -> Context:
+    cut = cut_units(score)
+    known = [told.split(":") for told in str(spec.fact("landmarks")).split()]
+    leaves = {("tile", "q_c"): "q_c"} | {("tile", f"m_{name}"): f"m_{name}" for name, _ in known}
+    parts = []
+    for i, part in enumerate(cut.parts):
+        hole = print_hole(f"p{i}", _leafed(part), leaves, layout="ig", axes=_GROUP, leaf_axes={"q_c": "ig"}, dialect=CPP)
+        parts.append(_told(hole, leaves_heads(part)))
+    tiles = {("tile", str(i)): f"tile{i}" for i in range(len(parts))}
+    axes = {f"tile{i}": "ig" if part["grouped"] else "i" for i, part in enumerate(parts)}
+    grouped = _grouped(cut.first, [part["grouped"] for part in parts])
+    hole = print_hole("first", cut.first, tiles, layout="ig", axes=_GROUP, leaf_axes=axes, dialect=CPP)
+    first, stages = _told(hole, grouped), []
+    for i, step in enumerate(cut.passes):
+        stage: dict[str, Any] = {"kind": step.kind, "grouped": grouped}
+        if step.formula is not None:
+            reads = {("tile", "row"): "row"}
+            hole = print_hole(
+                f"then{i}", step.formula, reads, layout="ig", axes=_GROUP, leaf_axes={"row": "ig" if grouped else "i"},
+                dialect=CPP,
+            )  # fmt: skip
+            closed = any(n.op == "reduce" and words_of(n)[1] == "g" for n in step.formula.walk())
+            stage |= _told(hole, grouped and not closed) | {"reads_groups": grouped}
+            grouped = grouped and not closed
+        stages.append(stage)
+    uses = frozenset[str]().union(*(part["uses"] for part in parts))
+    return {"parts": parts, "first": first, "stages": stages, "uses": uses, "says": spell(score),
+            "marks": [(name, int(at)) for name, at in known]}  # fmt: skip
+
+
+def _leafed(expr: Expr) -> Expr:
+    """Queries and landmarks as names of the template: one vector of channels of each."""
+    if expr.op == "queries":
+        return Expr("tile", (), "q_c")
+    if expr.op == "landmark":
+        return Expr("tile", (), f"m_{words_of(expr)[1]}")
+    return Expr(expr.op, tuple(_leafed(arg) for arg in expr.args), expr.value, expr.axes)
+
+
+def _grouped(formula: Expr, tiles: list[bool]) -> bool:
+    """Whether a formula over tiles leaves the axis g open."""
+    if formula.op == "tile":
+        assert isinstance(formula.value, int)
+        return tiles[formula.value]
+    if formula.op == "reduce" and words_of(formula)[1] == "g":
+        return False
+    return any(_grouped(arg, tiles) for arg in formula.args)
+
+
+def _told(hole: Hole, grouped: bool) -> dict[str, Any]:
+    result = f"{hole.result}[g]" if grouped else hole.result
+    return {"lines": hole.lines, "result": result, "uses": hole.uses, "grouped": grouped}
+
+
+def spans(spec: KernelSpec) -> Context:
+    """templates/spans.cpp.jinja."""
+    formulas = expressions(spec)
+    states = str(spec.fact("state_names")).split()
+    inits = [init_hole(name, formulas[f"init {name}"], CPP) for name in states]
+    return {"log2e": LOG2E, "inits": inits, **attention(spec)}
+
+
+def blocks(spec: KernelSpec) -> Context:
+    """templates/blocks.cpp.jinja."""
+    return {"log2e": LOG2E, **attention(spec)}
