@@ -48,6 +48,7 @@ class Rows:
         self.store = ExtentStore(plan, 1, dtype, torch.device("cpu"))
         counts = [k.shape[0] - 1 for k in keys]
         self.store.reserve(0, [n + 1 for n in counts])
+        self.store.cover(max(counts) + 1)
         self._fill([k[:-1] for k in keys], [v[:-1] for v in values])
         self.newest = [torch.stack([t[-1] for t in side])[None, :, None] for side in (keys, values)]
         self._set_clock(max(counts))

@@ -18,7 +18,7 @@ COSTS: dict[str, str] = {
     "position": "position only: free",
     "entries": "keys or values of the entries: O(n d), once per trigger",
     "queries": "a few queries against the row: a small extra product per trigger",
-    "landmarks": "each query against the landmarks of the units: far less than against their entries",
+    "landmarks": "each query against the landmarks of the units: O(n u d) for n queries and u units, O(u d) in a step",
     "sampled": "a sample of the queries against the row: that part of an attention pass",
     "logits": "attention of each step: its logits are kept while it runs",
     "everything": "attention of the whole prefill: a second pass, about +50 % of its attention FLOPs",
@@ -63,7 +63,8 @@ def cost_of(context: Context, by: ast.Expr, placed: Placed, clause: SetClause | 
     """The cost class of a score at the triggers of its set. Without a `clause` no query is left open."""
     prefill = any(t.name in ("prefill.end", "chunk") for t in placed.triggers)
     nodes = list(context.reads(by, placed.prefixes))
-    reduced = {id(n) for node in nodes if isinstance(node, ast.Reduce) for n in node.body.walk()}
+    over_queries = [n for n in nodes if isinstance(n, ast.Reduce) and any(axis.name == "q" for axis in n.axes)]
+    reduced = {id(part) for node in over_queries for part in node.body.walk()}
     free = clause is not None and not context.keeps(clause) and not isinstance(clause, ast.Store)
     kinds = {"position"}
     for node in nodes:
@@ -76,8 +77,9 @@ def cost_of(context: Context, by: ast.Expr, placed: Placed, clause: SetClause | 
                 kinds.add("entries")
             case ast.Name() if node.id in ("attn", "logit") and free and id(node) not in reduced:
                 kinds.add("everything" if prefill else "logits")
-            case ast.Name() if node.id == "q" and free:
-                kinds.add("landmarks" if context.landmarks else "queries")
+            case ast.Name() if node.id == "q" and free and id(node) not in reduced:
+                by_unit = any(isinstance(other, ast.Name) and other.id in context.landmarks for other in nodes)
+                kinds.add("landmarks" if by_unit else "everything" if prefill else "logits")
             case ast.Field():
                 kinds.add("entries")
     return max(kinds, key=_ORDER.index)

@@ -19,7 +19,7 @@ from xdsl.dialects.builtin import (
     UnitAttr,
     i64,
 )
-from xdsl.ir import Attribute, Block, Dialect, Region, SSAValue
+from xdsl.ir import Attribute, Block, Dialect, Operation, Region, SSAValue
 from xdsl.irdl import (
     AttrSizedOperandSegments,
     IRDLOperation,
@@ -320,38 +320,54 @@ class PolicyOp(IRDLOperation):
         units = {op.label.data: op for op in ops if isinstance(op, UnitOp)}
         picks = {op.label.data for op in ops if isinstance(op, PickOp)}
         for op in ops:
+            _check_rows(op, classes, readers)
+            _check_units(op, units)
             match op:
-                case KeepOp() if op.of.root_reference.data not in classes:
-                    raise VerifyException(f"a set of an undeclared class '{op.of.root_reference.data}'")
-                case AttendOp() if op.of.root_reference.data not in readers:
-                    raise VerifyException(f"a set of undeclared readers '{op.of.root_reference.data}'")
-                case PickOp() if op.of.root_reference.data not in (*classes, *readers):
-                    raise VerifyException(f"a set of an undeclared class '{op.of.root_reference.data}'")
-                case SiteOp() if missing := {ref.root_reference.data for ref in op.classes} - set(classes):
-                    raise VerifyException(f"site of undeclared classes {', '.join(sorted(missing))}")
-                case SiteOp() if lost := {name for name in op.reading() if name is not None} - set(readers):
-                    raise VerifyException(f"site of undeclared readers {', '.join(sorted(lost))}")
                 case kv.ReadOp() if op.state.data not in states:
                     raise VerifyException(f"undeclared state '{op.state.data}'")
                 case UpdateOp() if lost := {name.data for name in op.states} - states:
                     raise VerifyException(f"undeclared states {', '.join(sorted(lost))}")
                 case RegionOp() if op.pick is not None and op.pick.data not in picks:
                     raise VerifyException(f"undeclared pick '{op.pick.data}'")
-                case kv.LandmarkOp():
-                    _check_landmark(op, units.get(op.unit.data))
-                case sources.RegroupOp() if unknown := {op.unit.data, op.into.data} - units.keys():
-                    raise VerifyException(f"undeclared unit '{min(unknown)}'")
-                case RegionOp() | TopOp():
-                    named = [op.unit, op.whole] if isinstance(op, TopOp) else [op.unit]
-                    if unknown := [unit.data for unit in named if unit is not None and unit.data not in units]:
-                        raise VerifyException(f"undeclared unit '{unknown[0]}'")
                 case _:
                     pass
 
 
-def _check_landmark(op: kv.LandmarkOp, unit: UnitOp | None) -> None:
-    if unit is None:
-        raise VerifyException(f"undeclared unit '{op.unit.data}'")
+def _check_rows(op: Operation, classes: list[str], readers: list[str]) -> None:
+    """The classes and readers that an operation is about are declared."""
+    match op:
+        case KeepOp() if op.of.root_reference.data not in classes:
+            raise VerifyException(f"a set of an undeclared class '{op.of.root_reference.data}'")
+        case AttendOp() if op.of.root_reference.data not in readers:
+            raise VerifyException(f"a set of undeclared readers '{op.of.root_reference.data}'")
+        case PickOp() if op.of.root_reference.data not in (*classes, *readers):
+            raise VerifyException(f"a set of an undeclared class '{op.of.root_reference.data}'")
+        case SiteOp() if missing := {ref.root_reference.data for ref in op.classes} - set(classes):
+            raise VerifyException(f"site of undeclared classes {', '.join(sorted(missing))}")
+        case SiteOp() if lost := {name for name in op.reading() if name is not None} - set(readers):
+            raise VerifyException(f"site of undeclared readers {', '.join(sorted(lost))}")
+        case _:
+            pass
+
+
+def _check_units(op: Operation, units: dict[str, UnitOp]) -> None:
+    """The units and landmarks that an operation names are declared."""
+    match op:
+        case kv.LandmarkOp() | RegionOp():
+            named = [op.unit]
+        case TopOp():
+            named = [op.unit, op.whole]
+        case sources.RegroupOp():
+            named = [op.unit, op.into]
+        case _:
+            return
+    if unknown := [unit.data for unit in named if unit is not None and unit.data not in units]:
+        raise VerifyException(f"undeclared unit '{unknown[0]}'")
+    if isinstance(op, kv.LandmarkOp):
+        _check_landmark(op, units[op.unit.data])
+
+
+def _check_landmark(op: kv.LandmarkOp, unit: UnitOp) -> None:
     declared = {name.data: axes_of(value) for name, value in zip(unit.names, unit.landmarks, strict=True)}
     if declared.get(op.landmark.data) != axes_of(op.res):
         raise VerifyException(f"unit '{op.unit.data}' has no landmark '{op.landmark.data}' of these axes")

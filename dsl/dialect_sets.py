@@ -338,9 +338,10 @@ class PickOp(IRDLOperation):
 
 @irdl_op_definition
 class AttendOp(IRDLOperation):
-    """What queries of some rows read, from a forward at which a trigger fires: `kv.attend %3 for @"reads all" at [...]`.
+    """What queries of some rows read, from a forward at which a trigger fires.
 
-    No trigger: every forward. `phases`: added by `schedule`, those in which the set may be computed.
+    `kv.attend %3 for @"reads all" at [...]`; no trigger: every forward. `schedule` adds the phases in which the set
+    may be computed.
     """
 
     name = "kv.attend"

@@ -105,7 +105,9 @@ class Builder:
         if axes.replace("g", "") not in wanted:
             left = axes.replace("i", "") if "i" in axes else ""
             code, what = ("K202", f"leaves `{left}` open") if left else ("K203", "is of no entry")
-            raise fail(code, f"the score {what}", node.span, "a score is one value per entry")
+            of_units = "a score of units chooses units, as in `top(n) pages by s`"
+            hint = of_units if "u" in axes and "i" not in axes else "a score is one value per entry"
+            raise fail(code, f"the score {what}", node.span, hint)
         return value
 
     def _own(self, value: SSAValue, node: ast.Expr) -> SSAValue:
@@ -374,10 +376,10 @@ def _source(axis: ast.Axis, scope: Scope) -> kv.Source:
 
 def reads(node: ast.Expr, scope: Scope) -> Iterator[ast.Node]:
     """The nodes of an expression and of the scores that it names."""
-    for below in node.walk():
-        yield below
-        if isinstance(below, ast.Name) and below.id in scope.scores:
-            yield from reads(scope.scores[below.id].value, without(scope, below.id))
+    for each in node.walk():
+        yield each
+        if isinstance(each, ast.Name) and each.id in scope.scores:
+            yield from reads(scope.scores[each.id].value, without(scope, each.id))
 
 
 def without(scope: Scope, name: str) -> Scope:

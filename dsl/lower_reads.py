@@ -38,7 +38,6 @@ from kvcompile.dsl.resolve import Placed, Resolved
 # Trigger -> the forwards in which it may fire; without a trigger all of them.
 _FORWARDS = {"prefill.end": {"prefill"}, "chunk": {"prefill"}, "step": {"step"}, "every": {"step"}}
 _ALL = {"prefill", "step"}
-_CHANGING = ("age",)
 
 
 def lower_off(builder: Builder, placed: Placed) -> None:
@@ -149,10 +148,8 @@ class Reads:
                 continue
             for op in {op for value in unit.landmarks for op in below(value)}:
                 what = op.what.data if isinstance(op, kv.FieldOp | kv.ScalarOp) else ""
-                moves = isinstance(op, kv.ReadOp | kv.ScalarOp) or what in _CHANGING or what.startswith("next.")
-                if moves:
-                    shown = what or "a state"
-                    refuse("K913", f"a choice by a landmark of `{unit.label.data}` over `{shown}`, which is not known "
+                if isinstance(op, kv.ScalarOp) or what == "age" or what.startswith("next."):
+                    refuse("K913", f"a choice by a landmark of `{unit.label.data}` over `{what}`, which is not known "
                            "when the unit is full or changes later,", term.span,
                            "make landmarks of k, v, raw.k, pos and other landmarks")  # fmt: skip
 

@@ -50,7 +50,7 @@ def listed_decode(plan: PolicyPlan) -> KernelSpec:
     spec, group = spans_spec(plan), plan.facts.group
     if group > 31:
         raise Unprintable("more than 31 query heads on one KV head have no list of their own on Triton")
-    facts = {"span": span_of(plan), "group_pad": max(16, power_of_two(group)), "logits": "none"} | defaults.decode(plan.facts)
+    facts = {"span": span_of(plan), "group_pad": max(16, power_of_two(group)), "logits": "none"} | defaults.spans(plan.facts)
     return _with(replace(spec, holes=tuple(sorted({**dict(spec.holes), **holes}.items()))), **facts)
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from kvcompile.kernels import reach
 from kvcompile.kernels.counts import scalars_of
 from kvcompile.kernels.holes import region_text
-from kvcompile.kernels.marks import Kind, MarksLayout, layout_of
+from kvcompile.kernels.marks import Kind, MarksLayout, layout_of, size_of
 from kvcompile.kernels.plan import PolicyPlan, ReadRule, Region, Selection
 from kvcompile.kernels.spec import Fact, Hole, KernelSpec
 from kvcompile.kernels.spec_facts import pool_facts, shape, variants
 from kvcompile.kernels.stages import Unprintable
-from kvcompile.kernels.unit_scores import cut_units, leaves_heads
+from kvcompile.kernels.unit_scores import bounded, cut_units, leaves_heads
 
 GRAIN = (32, 256)  # least and most entries that a piece's read takes together
 Make = Callable[[], KernelSpec]
@@ -36,6 +36,8 @@ def marks_spec(plan: PolicyPlan) -> KernelSpec:
     )
     facts = shape(plan) | {"page": plan.page, "kinds": kinds, "width": layout.width, "edges": layout.edges}
     facts["own"] = _in_own_dtype(plan, layout)
+    sizes = (f"{k.unit.name}.{n}:{size_of(e, plan.facts.head_dim)}" for k in layout.kinds for n, e in k.landmarks)
+    facts["marks"] = " ".join(sizes)  # in the order in which they lie
     return KernelSpec.of("marks", holes, "_".join(k.unit.name for k in layout.kinds), **facts)
 
 
@@ -52,11 +54,12 @@ def units_spec(plan: PolicyPlan, read: int, rule: int) -> KernelSpec:
     }
     facts: dict[str, Fact] = {**shape(plan), "group": plan.facts.group, "page": plan.page}
     facts |= {"picked": " ".join(map(str, picked)), "sets": plan.facts.group if picked else 1, "rank": "none"}
-    tag = f"{plan.reads[read].name}_{rule}"
+    tag = f"read{read}_{rule}"
     if of.selections:
         (term,) = of.selections
         facts |= _choice(plan, term)
-        holes["score"] = term.score
+        units = {unit.name: dict(unit.landmarks) for unit in plan.units}
+        holes["score"] = bounded(term.score, units[cut_units(term.score).unit])
     return KernelSpec.of("units", holes, tag, **facts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvcompile.kernels import contexts_reads
 from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import TORCH, TRITON, Axis, extreme_of
@@ -61,11 +62,15 @@ def _decode(spec: KernelSpec) -> Context:
     read = sorted({use.removeprefix("state_") for use in uses if use.startswith("state_")} | set(grown))
     torch_holes = [step_hole(name, formulas[f"add {name}"], states.index(name), TORCH) for name in grown]
     nears = counts_near(spec)
-    return {
+    narrowed = spec.template == "spans"
+    lists = contexts_reads.spans(spec) if narrowed else {"spans": 0, "regions": [], "read_says": ()}
+    return lists | {
+        "work": "work" if narrowed else "old",
         "formulas": tuple(
             [(f"state {name} +", spell(formulas[f"add {name}"])) for name in grown]
             + ([("score", spell(formulas["score"]))] if score else [])
-        ),
+        )
+        + lists["read_says"],
         "inits": inits,
         "updates": updates,
         "score": score,
@@ -291,4 +296,7 @@ _CONTEXTS = {
     "columns": _columns,
     "keys": _keys,
     "pool": _pool,
+    "marks": contexts_reads.marks,
+    "units": contexts_reads.units,
+    "spans": _decode,
 }

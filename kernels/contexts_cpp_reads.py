@@ -42,7 +42,8 @@ def marks(spec: KernelSpec) -> Context:
     for told in str(spec.fact("kinds")).split():
         name, *numbers = told.split(":")
         size, stride, offset, each, first, edge, channels = map(int, numbers)
-        own = [(key.split(" ", 1)[1], expr) for key, expr in formulas.items() if key.split(" ", 1)[0] == name]
+        order = [told.split(":")[0].split(".") for told in str(spec.fact("marks")).split()]
+        own = [(label, formulas[f"{unit} {label}"]) for unit, label in order if unit == name]
         if channels != len(own) * spec.number("head_dim"):
             raise Unprintable(f"landmarks of {name} that have no channels have no C++ form")
         made = [_landmark(label, expr, i, spec.number("head_dim")) for i, (label, expr) in enumerate(own)]
@@ -101,11 +102,25 @@ def units(spec: KernelSpec) -> Context:
 def _score(spec: KernelSpec, score: Expr) -> Context:
     cut = cut_units(score)
     known = [told.split(":") for told in str(spec.fact("landmarks")).split()]
-    leaves = {("tile", "q_c"): "q_c"} | {("tile", f"m_{name}"): f"m_{name}" for name, _ in known}
+    wanted = list(dict.fromkeys(node for part in cut.parts for node in _asked(part)))
+    asked = []
+    for i, node in enumerate(wanted):  # once for a query, not once for a unit
+        hole = print_hole(
+            f"a{i}", _leafed(node, []), {("tile", "q_c"): "q_c"}, layout="ig", axes=_GROUP, leaf_axes={"q_c": "ig"},
+            dialect=CPP,
+        )  # fmt: skip
+        asked.append(_told(hole, True) | {"says": spell(node)})
+    names = [f"asked{i}" for i in range(len(wanted))]
+    leaves = {("tile", name): name for name in [*names, *(f"m_{name}" for name, _ in known)]}
     parts = []
     for i, part in enumerate(cut.parts):
-        hole = print_hole(f"p{i}", _leafed(part), leaves, layout="ig", axes=_GROUP, leaf_axes={"q_c": "ig"}, dialect=CPP)
-        parts.append(_told(hole, leaves_heads(part)))
+        terms = [_printed(f"p{i}_{j}", _leafed(term, wanted), leaves, names) for j, term in enumerate(_terms(part))]
+        own = [leaves_heads(term) for term in _terms(part)]
+        parts.append({
+            "index": i, "grouped": any(own), "lines": [line for hole in terms for line in hole.lines],
+            "terms": [f"{hole.result}[g]" if g else hole.result for hole, g in zip(terms, own, strict=True)],
+            "uses": frozenset[str]().union(*(hole.uses for hole in terms)),
+        })  # fmt: skip
     tiles = {("tile", str(i)): f"tile{i}" for i in range(len(parts))}
     axes = {f"tile{i}": "ig" if part["grouped"] else "i" for i, part in enumerate(parts)}
     grouped = _grouped(cut.first, [part["grouped"] for part in parts])
@@ -124,17 +139,39 @@ def _score(spec: KernelSpec, score: Expr) -> Context:
             grouped = grouped and not closed
         stages.append(stage)
     uses = frozenset[str]().union(*(part["uses"] for part in parts))
-    return {"parts": parts, "first": first, "stages": stages, "uses": uses, "says": spell(score),
+    return {"asked": asked, "parts": parts, "first": first, "stages": stages, "uses": uses, "says": spell(score),
             "marks": [(name, int(at)) for name, at in known]}  # fmt: skip
 
 
-def _leafed(expr: Expr) -> Expr:
+def _printed(name: str, formula: Expr, leaves: dict[tuple[str, str], str], grouped: list[str]) -> Hole:
+    return print_hole(
+        name, formula, leaves, layout="ig", axes=_GROUP, leaf_axes=dict.fromkeys(grouped, "ig"), dialect=CPP
+    )
+
+
+def _terms(expr: Expr) -> list[Expr]:
+    """The terms of a sum: each is added by itself, which for a product is one instruction."""
+    if expr.op == "binary" and expr.value == "+":
+        return [term for arg in expr.args for term in _terms(arg)]
+    return [expr]
+
+
+def _asked(expr: Expr) -> list[Expr]:
+    """The largest parts of a formula that are of the query alone."""
+    if not any(node.op == "landmark" for node in expr.walk()):
+        return [expr] if any(node.op == "queries" for node in expr.walk()) else []
+    return [node for arg in expr.args for node in _asked(arg)]
+
+
+def _leafed(expr: Expr, asked: list[Expr]) -> Expr:
     """Queries and landmarks as names of the template: one vector of channels of each."""
+    if expr in asked:
+        return Expr("tile", (), f"asked{asked.index(expr)}")
     if expr.op == "queries":
         return Expr("tile", (), "q_c")
     if expr.op == "landmark":
         return Expr("tile", (), f"m_{words_of(expr)[1]}")
-    return Expr(expr.op, tuple(_leafed(arg) for arg in expr.args), expr.value, expr.axes)
+    return Expr(expr.op, tuple(_leafed(arg, asked) for arg in expr.args), expr.value, expr.axes)
 
 
 def _grouped(formula: Expr, tiles: list[bool]) -> bool:

@@ -6,6 +6,7 @@ Takes a `KernelSpec` of `marks` or `units`, gives the names that its template re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvcompile.kernels.printers import TORCH, TRITON, Axis, Dialect, Printer, Va
 from kvcompile.kernels.signatures import padded
 from kvcompile.kernels.spec import KernelSpec, power_of_two
 from kvcompile.kernels.stages import Unprintable, reduction
+from kvcompile.kernels.unit_scores import ROW, cut_units
 
 Context = dict[str, Any]
 MOST = 1 << 30  # what a count is clipped to, so that it fits 32 bits
@@ -38,22 +40,12 @@ def print_stage(
     return Hole(name, tuple(printer.lines), text, frozenset(uses), 0, spell(formula)), value.axes
 
 
-def layout_of_marks(spec: KernelSpec) -> list[tuple[str, int, int]]:
-    """(landmark, where it begins, numbers) of a unit."""
-    found, at = [], 0
-    for part in str(spec.fact("marks")).split():
-        name, width = part.split(":")
-        found.append((name, at, int(width)))
-        at += int(width)
-    return found
-
-
 def _facts(spec: KernelSpec, prefix: str) -> Context:
     return {prefix + name: value for name, value in spec.facts}
 
 
 def _dtype(spec: KernelSpec) -> str:
-    return f"torch.{spec.fact('marks_dtype')}"
+    return f"torch.{spec.fact('dtype') if spec.fact('own') else 'float32'}"
 
 
 # -- landmarks -----------------------------------------------------------------------------------------------------
@@ -68,29 +60,48 @@ _FOLDS = {
 
 def marks(spec: KernelSpec) -> Context:
     """Names of the template `marks`."""
-    size = spec.number("head_dim")
-    real = Axis("D", "real" if padded(size) > size else None)
-    formulas = {name.removeprefix("landmark "): hole for name, hole in spec.holes if isinstance(hole, Expr)}
-    widths = {name: width for name, _, width in layout_of_marks(spec)}
+    told = [part.split(":") for part in str(spec.fact("marks")).split()]
+    kinds = []
+    for name, *numbers in (part.split(":") for part in str(spec.fact("kinds")).split()):
+        size, stride, offset, each, first, edge, channels = map(int, numbers)
+        if offset:
+            raise Unprintable(f"landmarks of {name}s, which begin at {offset}, have no Triton form yet")
+        own = [(label.split(".", 1)[1], int(width)) for label, width in told if label.split(".", 1)[0] == name]
+        kind = {"name": name, "size": size, "stride": stride, "each": each, "first": first, "edge": edge}
+        kinds.append(kind | {"channels": channels} | _kind(spec, name, own))
+    return _facts(spec, "m_") | {
+        "formulas": tuple((f"{k['name']}.{m['name']}", m["says"]) for k in kinds for part in k["stages"] for m in part),
+        "kinds": kinds,
+        "longest": max(kind["size"] for kind in kinds),
+        "m_drops": bool(spec.fact("edges")),
+        "marks_dtype": _dtype(spec),
+    }
+
+
+def _kind(spec: KernelSpec, unit: str, own: list[tuple[str, int]]) -> Context:
+    """The landmarks of a unit, stage by stage: those of a stage read what the stages before it have made."""
+    size, formulas = spec.number("head_dim"), dict(spec.holes)
+    real, widths = Axis("D", "real" if padded(size) > size else None), dict(own)
     known: dict[str, int] = {}  # landmark -> its stage
     stages: list[list[Context]] = []
     used: set[str] = set()
+    at = 0
 
     def leaf(expr: Expr) -> Value:
         if expr.op == "field" and expr.value in ("k", "pos"):
-            text, axes = ("kt", "id") if expr.value == "k" else ("pos_i", "i")
-            return Value(text, axes)
+            return Value("kt", "id") if expr.value == "k" else Value("pos_i", "i")
         if expr.op == "landmark" and words_of(expr)[1] in known:
             name = words_of(expr)[1]
             return Value(f"mark_{name}", "d" if widths[name] > 1 else "")
         what = words_of(expr)[1] if expr.op == "landmark" else f"{expr.op} {expr.value}"
         raise Unprintable(f"{what} in a landmark has no Triton form yet")
 
-    for name, at, width in layout_of_marks(spec):
-        formula = formulas[name]
+    for name, width in own:
+        formula = formulas[f"{unit} {name}"]
+        assert isinstance(formula, Expr)
         fn, axis = reduction(formula) if formula.op == "reduce" else ("", "")
         if axis != "i" or fn not in _FOLDS:
-            raise Unprintable(f"the landmark {name} = {spell(formula)}, which is not one sum, mean or extreme, has none")
+            raise Unprintable(f"the landmark {spell(formula)}, which is not one sum, mean or extreme, has no Triton form")
         asked = [words_of(n)[1] for n in formula.walk() if n.op == "landmark"]
         stage = max((known[other] + 1 for other in asked if other in known), default=0)
         part = Expr("reduce", formula.args, ("sum" if fn == "mean" else fn, "i"))
@@ -110,124 +121,162 @@ def marks(spec: KernelSpec) -> Context:
         stages[stage].append(made)
         known[name] = stage
         used |= hole.uses
-    return _facts(spec, "m_") | {
-        "formulas": tuple((m["name"], m["says"]) for stage in stages for m in stage),
-        "layout": ", ".join(f"{name} {width}" for name, _, width in layout_of_marks(spec)) or "none",
-        "stages": stages,
-        "pos_used": "pos_i" in used,
-        "marks_dtype": _dtype(spec),
-    }
+        at += width
+    says = ", ".join(f"{name} {width}" for name, width in own) or "no numbers, but where its entries are"
+    names = {"const": unit.upper() + "_UNITS", "function": f"{unit}_kernel", "says": says}
+    return names | {"stages": stages, "pos_used": "pos_i" in used}
 
 
 # -- what a query reads of a row in a step ---------------------------------------------------------------------------
 
 
 def counts_and_region(spec: KernelSpec) -> Context:
-    """The counts that a rule reads and its regions as a condition on `at`."""
+    """The counts that a rule reads and its regions as a condition on `at`, in Triton and in torch."""
     texts = {name: hole for name, hole in spec.holes if isinstance(hole, str)}
-    used = [line.split(" ", 1) for line in texts["counts"].split("\n") if line]
-    region = texts["regions"]
+    return counts_of(texts.get("counts", "")) | {
+        "region": safe(texts["regions"]),
+        "torch_region": in_torch(safe(texts["regions"])),
+    }
+
+
+def counts_of(text: str) -> Context:
+    """Counts, a line of index and name each."""
+    used = [line.split(" ", 1) for line in text.split("\n") if line]
     return {
         "counts": [(int(index), says) for index, says in used],
         "n_counts": max([int(index) for index, _ in used], default=-1) + 1 or 1,
-        "region": region,
         "most": MOST,
     }
+
+
+def safe(region: str) -> str:
+    """Nothing is a multiple of 0."""
+    return re.sub(r"\(at % (n[0-9]+) == 0\)", r"multiples(at, \1)", region)
+
+
+def in_torch(region: str) -> str:
+    """The functions of a region by their names in plain torch."""
+    return re.sub(r"\b(in_own|at_power|multiples)\(", r"torch_\1(", region)
+
+
+def _said(region: str) -> str:
+    return region.replace("at_now", "now").replace("at_prompt", "prompt")
 
 
 def units(spec: KernelSpec) -> Context:
     """Names of the template `units`."""
     made = _facts(spec, "u_") | counts_and_region(spec)
-    group = spec.number("group")
-    num, den = (int(x) for x in str(spec.fact("fraction")).split("/"))
-    formulas = {name: hole for name, hole in spec.holes if isinstance(hole, Expr)}
-    score = "each" in formulas
-    trivial = made["region"] == "(at < 0)"
+    facts = dict(spec.facts)
+    num, den = (int(x) for x in str(facts.get("fraction", "0/0")).split("/"))
+    score = dict(spec.holes).get("score")
+    trivial = made["region"] in ("(at < 0)", made_of_own(spec))
     made |= {
-        "formulas": (() if trivial else (("read", made["region"].replace("at_now", "now")),)),
-        "group_pad": power_of_two(group),
-        "score": score,
+        "formulas": (() if trivial else (("read", _said(made["region"])),)),
+        "group_pad": power_of_two(spec.number("group")),
+        "score": score is not None,
         "select": {"fraction": (num, den)},
-        "flagged": not score or not trivial or bool(spec.fact("drops")),
-        "marks_dtype": _dtype(spec),
+        "flagged": score is None or not trivial or bool(spec.fact("drops")),
+        "marks_dtype": _dtype(spec) if score is not None else "torch.float32",
+        "u_size": spec.fact("size") if score is not None else spec.fact("span"),
         "soft": False, "outer": None, "lines": 1, "each_heads": 1, "whole_lines": 1, "marks": [], "skips": False,
     }  # fmt: skip
-    return made | _scored(spec, formulas, made) if score else made
+    if score is None:
+        return made
+    assert isinstance(score, Expr)
+    if spec.fact("offset") or spec.fact("inner_offset"):
+        raise Unprintable("a choice of units that begin at an offset has no Triton form yet")
+    return made | _scored(spec, score, made)
 
 
-def _scored(spec: KernelSpec, formulas: dict[str, Expr], made: Context) -> Context:
+def made_of_own(spec: KernelSpec) -> str:
+    """The region that is never in a full unit: the query's own one, of the kind that is chosen."""
+    facts = dict(spec.facts)
+    return f"in_own(at, at_now, {facts.get('size')}, {facts.get('offset')})"
+
+
+def _stages(score: Expr) -> tuple[Expr, bool, Expr, Expr | None]:
+    """What a unit is by itself, whether its softmax follows, a formula of that, and of what regrouping makes of it."""
+    cut = cut_units(score)
+    sums = [Expr("reduce", (part,), ("sum", "d")) for part in cut.parts]
+
+    def put(expr: Expr) -> Expr:
+        if expr.op == "tile" and isinstance(expr.value, int):
+            return sums[expr.value]
+        return Expr(expr.op, tuple(put(arg) for arg in expr.args), expr.value, expr.axes)
+
+    kinds = [p.kind for p in cut.passes]
+    rest = [p for p in cut.passes if p.kind != "softmax"]
+    soft = kinds[:1] == ["softmax"]
+    if kinds.count("softmax") > soft or [p.kind for p in rest] not in _ORDERS:
+        raise Unprintable(f"a score of units of {', then '.join(kinds)} has no Triton form yet")
+    whole, outer = ROW, None
+    if rest and rest[0].kind == "map":
+        whole = rest.pop(0).formula or ROW
+    if rest:
+        outer = rest[-1].formula or ROW
+    return put(cut.first), soft, whole, outer
+
+
+_ORDERS = ([], ["map"], ["regroup"], ["map", "regroup"], ["regroup", "map"], ["map", "regroup", "map"])
+
+
+def _scored(spec: KernelSpec, score: Expr, made: Context) -> Context:
     size, group, pad = spec.number("head_dim"), spec.number("group"), made["group_pad"]
-    soft, drops = bool(spec.fact("soft")), bool(spec.fact("drops"))
-    widths = {name: (at, width) for name, at, width in layout_of_marks(spec)}
-    asked = [words_of(n)[1] for n in formulas["each"].walk() if n.op == "landmark"]
+    each_of, soft, whole_of, outer_of = _stages(score)
+    drops = bool(spec.fact("drops"))
+    places = [told.split(":") for told in str(spec.fact("landmarks")).split()]
+    asked = {words_of(n)[1] for n in each_of.walk() if n.op == "landmark"}
     real = "real" if padded(size) > size else None
 
     def leaf(expr: Expr) -> Value:
-        if expr.op == "queries":
-            return Value("qt", "gd")
-        name = words_of(expr)[1]
-        return Value(f"mark_{name}", "ud" if widths[name][1] > 1 else "u")
+        return Value("qt", "gd") if expr.op == "queries" else Value(f"mark_{words_of(expr)[1]}", "ud")
 
     axes = {"g": Axis("GROUP", "g_real" if pad > group else None), "d": Axis("D", real)}
     torch_axes = {"g": Axis("GROUP"), "d": Axis("HEAD_DIM")}
-    each, each_axes = print_stage("s", formulas["each"], leaf, "ugd", axes)
-    torch_each, _ = print_stage("s", formulas["each"], leaf, "ugd", torch_axes, TORCH)
+    each, each_axes = print_stage("s", each_of, leaf, "ugd", axes)
+    torch_each, _ = print_stage("s", each_of, leaf, "ugd", torch_axes, TORCH)
     if "u" not in each_axes:
         raise Unprintable("a score of units that is the same for all of them has no Triton form yet")
     grouped = "g" in each_axes
 
-    def ready(name: str, of: str) -> Leaf:
-        return lambda expr: Value(name, of)
+    def of_row(name: str, formula: Expr, over: str, dialect: Dialect = TRITON) -> tuple[Hole, str]:
+        known = axes if dialect is TRITON else torch_axes
+        return print_stage(name[0], formula, lambda _: Value(name, over), "gu", known, dialect)
 
-    unit, other = ("gu" if grouped else "u"), ""
-    whole, whole_axes = print_stage("w", formulas["whole"], ready("unit_value", unit), "gu", axes)
-    torch_whole, _ = print_stage("w", formulas["whole"], ready("unit_value", unit), "gu", torch_axes, TORCH)
-    final, outer, torch_outer = whole_axes, None, None
-    if "outer" in formulas:
-        other = whole_axes
-        outer, final = print_stage("o", formulas["outer"], ready("other_value", other), "gu", axes)
-        torch_outer, _ = print_stage("o", formulas["outer"], ready("other_value", other), "gu", torch_axes, TORCH)
-    tall = lambda text, over: text if over == "gu" else f"{text}[None, :]"  # noqa: E731
-    mark_size, stride, chosen = (spec.number(name) for name in ("mark_size", "mark_stride", "size"))
-    if outer is not None and chosen % stride:
-        raise Unprintable("units that begin where no unit with landmarks does have no Triton form yet")
-    rank = str(spec.fact("rank"))
+    unit = "gu" if grouped else "u"
+    whole, final = of_row("unit_value", whole_of, unit)
+    whole_axes, outer, torch_outer = final, None, None
+    if outer_of is not None:
+        outer, final = of_row("other_value", outer_of, whole_axes)
+        torch_outer, _ = of_row("other_value", outer_of, whole_axes, TORCH)
+        if spec.number("size") % spec.number("inner_stride"):
+            raise Unprintable("units that begin where none with landmarks does have no Triton form yet")
+    tall = {"gu": "{}", "u": "{}[None, :]"}
+    stride, chosen = spec.number("inner_stride"), spec.number("size")
     return {
-        "formulas": (("score", spell(_whole_of(formulas, soft))), *made["formulas"]),
+        "formulas": (("score", spell(score)), *made["formulas"]),
         "each": each,
         "torch_each": torch_each,
         "each_heads": group if grouped else 1,
-        "marks": [(name, *widths[name]) for name in widths if name in asked],
+        "grouped": grouped,
+        "marks": [(name, int(at), size) for name, at in places if name in asked],
         "soft": soft,
-        "raw": lambda bound: _raw(grouped, pad, group, bound, soft, drops),
-        "whole_lines_of": lambda bound: _whole_lines(whole, grouped, pad, group, bound, soft, drops),
-        "whole_value": tall(whole.result, whole_axes),
+        "raw": lambda bound: _raw(grouped, bound, soft, drops),
+        "whole_lines_of": lambda bound: _whole_lines(whole, grouped, bound, soft, drops),
+        "whole_value": tall[whole_axes].format(whole.result),
         "whole_lines": pad if whole_axes == "gu" else 1,
-        "torch_whole": torch_whole,
+        "torch_whole": of_row("unit_value", whole_of, unit, TORCH)[0],
         "outer": outer,
         "torch_outer": torch_outer,
-        "outer_value": outer and tall(outer.result, final),
+        "outer_value": outer and tall[final].format(outer.result),
         "lines": pad if final == "gu" else 1,
         # Units a stride apart overlap with the one of `chosen` positions that begins with unit 0 from here to there.
-        "overlaps": (-((mark_size - 1) // stride), (chosen - 1) // stride + 1),
-        "skips": rank in ("top", "bottom") and not made["select"]["fraction"][1],
+        "overlaps": (-((spec.number("inner_size") - 1) // stride), (chosen - 1) // stride + 1),
+        "skips": spec.fact("rank") in ("top", "bottom") and not made["select"]["fraction"][1],
     }
 
 
-def _whole_of(formulas: dict[str, Expr], soft: bool) -> Expr:
-    """The score as it was before it was cut, for a reader."""
-
-    def put(expr: Expr, name: str, inner: Expr) -> Expr:
-        if expr.op == "tile" and expr.value == name:
-            return inner
-        return Expr(expr.op, tuple(put(arg, name, inner) for arg in expr.args), expr.value, expr.axes)
-
-    each = Expr("reduce", (formulas["each"],), ("softmax", "u")) if soft else formulas["each"]
-    whole = put(formulas["whole"], "unit", each)
-    return put(formulas["outer"], "other", Expr("regroup", (whole,), "regroup")) if "outer" in formulas else whole
-
-
-def _raw(grouped: bool, pad: int, group: int, bound: str, soft: bool, drops: bool) -> str:
+def _raw(grouped: bool, bound: str, soft: bool, drops: bool) -> str:
     """Load the scores of units as the first launch left them."""
     lines = [f"there = u < {bound}"]
     if soft and drops:
@@ -246,8 +295,24 @@ def _raw(grouped: bool, pad: int, group: int, bound: str, soft: bool, drops: boo
     return "\n".join(lines)
 
 
-def _whole_lines(whole: Hole, grouped: bool, pad: int, group: int, bound: str, soft: bool, drops: bool) -> str:
-    lines = [_raw(grouped, pad, group, bound, soft, drops)]
+def _whole_lines(whole: Hole, grouped: bool, bound: str, soft: bool, drops: bool) -> str:
+    lines = [_raw(grouped, bound, soft, drops)]
     over = "[:, None]" if grouped else ""
     lines.append(f"unit_value = tl.exp(raw - peak{over}) / mass{over}" if soft else "unit_value = raw")
     return "\n".join([*lines, *whole.lines])
+
+
+# -- a step that reads lists -----------------------------------------------------------------------------------------
+
+
+def spans(spec: KernelSpec) -> Context:
+    """What the template `decode` takes beside where heads read spans of their rows."""
+    texts = {name: str(hole) for name, hole in spec.holes if name.startswith("regions ")}
+    found = {int(name.split(" ")[1]): safe(text) for name, text in texts.items()}
+    size = spec.number("span")
+    never = ("(at < 0)", f"in_own(at, at_now, {size}, 0)")  # of what no span names whole, nothing
+    regions = [
+        {"read": read, "text": text, "torch": in_torch(text)} for read, text in sorted(found.items()) if text not in never
+    ]
+    says = tuple((f"read {region['read']}", _said(region["text"])) for region in regions)
+    return counts_of(str(dict(spec.holes).get("counts", ""))) | {"spans": size, "regions": regions, "read_says": says}

@@ -33,6 +33,12 @@ def decode(facts: ModelFacts) -> Facts:
     return {"block_n": max(16, min(most, 16384 // _row(facts))), "warps": 4} | rest
 
 
+def spans(facts: ModelFacts) -> Facts:
+    """Decode that finds its entries through a list holds their addresses, bits and positions beside all the rest."""
+    plain = decode(facts)
+    return plain | {"block_n": max(16, int(plain["block_n"]) // 2)}
+
+
 def prefill(facts: ModelFacts) -> Facts:
     """The largest tiles, lines by entries, that do not spill on any of them; but float32 at 256 does, about 500 bytes:
     no smaller tile can be multiplied."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcompile.kernels.arithmetic import BINARY, NEG_INF, divide, masked, pair, pooled, reduced, unary, unit_columns
 from kvcompile.kernels.formulas import is_0_unread, open_sources, sources_of, ties_heads, ties_queries
+from kvcompile.kernels.gates import gated
 from kvcompile.kernels.learned import retained
 from kvcompile.kernels.noise import gumbel
 from kvcompile.kernels.plan import Expr, QuerySource, UnitPlan, evidence_of, source_of, words_of
@@ -272,8 +273,6 @@ class _Evaluator:
 
     def _gate(self, expr: Expr) -> Tensor:
         """A trained gate's logit for each unit, from the query that reads and the unit's landmarks."""
-        from kvcompile.kernels.gates import gated
-
         assert self.rows.weights is not None and self.unit is not None and self.columns is not None
         marks = [self._value(arg) for arg in expr.args if arg.op == "landmark"]
         wide = [m.expand(*self.columns.shape[:1], 1, 1, self.columns.shape[1], 1, -1)[:, 0, 0, :, 0] for m in marks]

@@ -22,6 +22,7 @@ from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.plan import PolicyPlan, QuerySource, ReadPlan, ReadRule, Region, Selection
 from kvcompile.kernels.rows import Queries, Rows, readable_by
 from kvcompile.kernels.select import region_mask
+from kvcompile.kernels.spans import all_without
 from kvcompile.kernels.units import Units, full, of_units, reads_next
 
 OWN = QuerySource("own")
@@ -35,11 +36,14 @@ def holds_sets(plan: PolicyPlan) -> bool:
 
 def narrows(plan: PolicyPlan, site: Site) -> bool:
     """Whether some rule of a layer's rows fires in this forward, for some sequence, or did for a set that is held."""
+    if not plan.reads:  # asked for in every layer of every step
+        return False
     here = set(plan.reading(int(site.layer))) - {-1}
     if not here:
         return False
     fires = bool(site.fires[len(plan.classes) :].any())
-    always = any(not rule.triggers for index in here for rule in plan.reads[index].rules)
+    rules = (rule for index in here for rule in plan.reads[index].rules)
+    always = any(not rule.triggers and not all_without(rule) for rule in rules)
     return fires or always or any(plan.reads[index].holds for index in here)
 
 
@@ -98,6 +102,8 @@ class Reads:
             bits = site.fires[line, sequences].repeat_interleave(len(heads)).long()
             everyone = torch.ones_like(bits, dtype=torch.bool)
             fires[line] = fired(rule.triggers, bits, asked) if rule.triggers else everyone
+            if not rule.triggers and all_without(rule):  # the host knows whose tokens are in no stretch
+                fires[line] = bits != 0
         count = len(sequences) * len(heads)
         who = tuple(heads) * len(sequences), tuple(b for b in sequences for _ in heads)
         place = Place(0, (int(site.layer),) * count, *who, site.picked, None, plan.first_head, site.segment, site.links)

@@ -110,6 +110,19 @@ def _decode(spec: KernelSpec) -> tuple[Entry, ...]:
     )
 
 
+def _spans(spec: KernelSpec) -> tuple[Entry, ...]:
+    """Decode with the lists that its heads read by."""
+    (name, types, constants, options), *rest = _decode(spec)
+    regions = [str(hole) for key, hole in spec.holes if key.startswith("regions ")]
+    never = ("(at < 0)", f"in_own(at, at_now, {spec.fact('span')}, 0)")
+    more = "*i32: reading spans span_count; i32: span_row"
+    if any(text not in never for text in regions):
+        more += "; *i64: prompt counts; i32: counts_l counts_n counts_b prompt_b"
+    for kind, names in _types(more).items():
+        types[kind] = f"{types[kind]} {names}"
+    return ((name, types, constants | {"SPAN": spec.fact("span")}, options), *rest)
+
+
 def _prefill(spec: KernelSpec) -> tuple[Entry, ...]:
     listed = dict(spec.facts).get("listed")
     types = _types(
@@ -222,6 +235,71 @@ def _pool(spec: KernelSpec) -> tuple[Entry, ...]:
     return (("pool_kernel", types, constants, {"num_warps": spec.number("warps"), "num_stages": 3}),)
 
 
+def _marks(spec: KernelSpec) -> tuple[Entry, ...]:
+    dtype = dtype_name(str(spec.fact("dtype")))
+    kept = dtype if spec.fact("own") else "fp32"
+    first = _types(
+        f"*T: k k_new; *{kept}: marks; *i32: pos table length readers edges marked; *i64: layer new peek start; "
+        "i32: k_b k_h k_n clock_b table_row blocks columns rows kv_heads",
+        dtype,
+    )
+    second = _types("*i64: layer new start; *i32: readers marked; i32: clock_b rows kv_heads")
+    kinds = [part.split(":") for part in str(spec.fact("kinds")).split()]
+    shape: dict[str, object] = {
+        "WIDTH": spec.fact("width"),
+        "EDGES": spec.fact("edges"),
+        "KINDS": len(kinds),
+        "D": spec.fact("head_dim"),
+        "D_PAD": padded(spec.number("head_dim")),
+        "PAGE": spec.fact("page"),
+        "BLOCK": spec.fact("block_n"),
+        "PIECE": True,
+    }
+    found: list[Entry] = []
+    for i, (name, size, stride, _, each, begin, edge, channels) in enumerate(kinds):
+        numbers = {"SIZE": size, "STRIDE": stride, "EACH": each, "FIRST": begin, "EDGE": edge, "CHANNELS": channels}
+        own: dict[str, object] = {**shape, **{key: int(value) for key, value in numbers.items()}, "KIND": i}
+        if int(channels) or spec.fact("edges"):
+            found.append((f"{name}_kernel", first, own, _options(spec)))
+    seal: dict[str, object] = {"KINDS": len(kinds), "PIECE": True, "ROWS": 128}
+    return (*found, ("seal_kernel", second, seal, {"num_warps": 1, "num_stages": 3}))
+
+
+def _units(spec: KernelSpec) -> tuple[Entry, ...]:
+    """As `launch` of the template passes them; the two kernels of a rule that chooses take more."""
+    from kvcompile.kernels import contexts_reads  # which reads this module
+
+    score = dict(spec.holes).get("score") is not None
+    kept = dtype_name(str(spec.fact("dtype"))) if score and spec.fact("own") else "fp32"
+    clock = "*i64: now active counts layer; *i32: length reading; *u8: flags; "
+    sizes = "i32: clock_b counts_l counts_n counts_b units rows kv_heads read"
+    first = clock + f"*T: q; *i64: prompt; *i32: pos table; {sizes} q_b q_h table_row"
+    second = clock + f"*i32: spans total; {sizes}"
+    if score:
+        first += f" blocks score_units; *i32: readers edges; *{kept}: marks; *fp32: scores"
+        second += " blocks score_units; *i32: readers edges keys; *fp32: scores wholes"
+    dtype, group = dtype_name(str(spec.fact("dtype"))), spec.number("group")
+    made = contexts_reads.units(spec)
+    size = int(made["u_size"])
+    heads = {"GROUP": group, "GROUP_PAD": power_of_two(group)}
+    kinds: dict[str, object] = {}
+    own: dict[str, object] = {}
+    if score:
+        names = {"MARK_SIZE": "inner_size", "MARK_STRIDE": "inner_stride", "MARK_EACH": "inner_each"}
+        names |= {"UNIT_EACH": "each", "UNIT_EDGE": "edge", "EDGES": "edges"}
+        kinds = heads | {key: spec.fact(name) for key, name in names.items()} | {"EACH": made["each_heads"]}
+        own = {"CHANNELS": spec.fact("inner_channels"), "WIDTH": spec.fact("width"), "FIRST": spec.fact("inner_first")}
+    width = spec.number("head_dim")
+    tile = {"D": width, "D_PAD": padded(width), "PAGE": spec.fact("page"), "SIZE": size, "BLOCK_U": spec.fact("block_n")}
+    tile |= {"BLOCK_X": min(32, power_of_two(size))}
+    lines = {"MARK_EDGE": spec.fact("inner_edge"), "WHOLE": made["whole_lines"], "LINES": made["lines"]} if score else {}
+    block = {"SIZE": size, "BLOCK": 1024 if power_of_two(group) <= 8 else 256}
+    chosen = ("choose_kernel", _types(second, dtype), kinds | lines | block, _options(spec))
+    if not score and not made["flagged"]:
+        return (chosen,)
+    return (("units_kernel", _types(first, dtype), (kinds or heads) | own | tile, _options(spec)), chosen)
+
+
 _TABLES = {
     "decode": _decode,
     "prefill": _prefill,
@@ -231,6 +309,9 @@ _TABLES = {
     "columns": _columns,
     "keys": _keys,
     "pool": _pool,
+    "marks": _marks,
+    "units": _units,
+    "spans": _spans,
 }
 
 

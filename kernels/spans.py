@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.plan import PolicyPlan, Region
+from kvcompile.kernels.plan import PolicyPlan, ReadRule, Region
 
 if TYPE_CHECKING:
     from kvcompile.kernels.compete import Place
@@ -24,6 +24,11 @@ def span_names(plan: PolicyPlan) -> tuple[str, ...]:
     """The names that regions of a plan's reads ask for, in the order in which `Site.links` has them."""
     terms = (term for read in plan.reads for rule in read.rules for term in rule.terms)
     return tuple(sorted({term.name for term in terms if isinstance(term, Region) and term.kind == "span"}))
+
+
+def all_without(rule: ReadRule) -> bool:
+    """Whether a query that is in no stretch reads all under a rule."""
+    return any(isinstance(t, Region) and t.kind == "span" and t.name in (SELF, SOURCES) for t in rule.terms)
 
 
 def span_mask(plan: PolicyPlan, region: Region, pos: Tensor, query: Tensor, place: Place) -> Tensor:

@@ -7,6 +7,7 @@ target. What does not fit raises `Unprintable` with the reason.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from kvcompile.kernels.plan import Expr, source_of, words_of
 from kvcompile.kernels.stages import Unprintable, reduction
@@ -60,6 +61,37 @@ def leaves_heads(score: Expr) -> bool:
     if score.op == "reduce" and words_of(score)[1] == "g" and words_of(score)[0] != "softmax":
         return False
     return any(leaves_heads(arg) for arg in score.args)
+
+
+def bounded(score: Expr, landmarks: dict[str, Expr]) -> Expr:
+    """The same score with max(a * lo, a * hi) as max(a, 0) * hi + min(a, 0) * lo, where a is of the query alone and
+    `lo` and `hi` are a unit's least and largest value of one thing: half of it can be said once for all units."""
+    args = tuple(bounded(arg, landmarks) for arg in score.args)
+    made = Expr(score.op, args, score.value, score.axes)
+    if score.op != "binary" or score.value not in ("max", "min") or any(arg.value != "*" for arg in args):
+        return made
+    for factor, other in zip(args[0].args, args[0].args[::-1], strict=True):
+        rest = [arg for arg in args[1].args if arg != factor]
+        if factor not in args[1].args or len(rest) != 1 or any(n.op == "landmark" for n in factor.walk()):
+            continue
+        ends = _ends(other, rest[0], landmarks)
+        if ends is not None:
+            low, high = ends if score.value == "max" else ends[::-1]
+            zero = Expr("const", (), Fraction(0))
+            above, below = (Expr("binary", (factor, zero), fn) for fn in ("max", "min"))
+            return Expr("binary", (_times(above, high), _times(below, low)), "+", score.axes)
+    return made
+
+
+def _ends(a: Expr, b: Expr, landmarks: dict[str, Expr]) -> tuple[Expr, Expr] | None:
+    """Two landmarks as (least, largest) of one thing."""
+    if a.op != "landmark" or b.op != "landmark" or words_of(a)[0] != words_of(b)[0]:
+        return None
+    made = [landmarks[words_of(x)[1]] for x in (a, b)]
+    if any(x.op != "reduce" or words_of(x)[1] != "i" for x in made) or made[0].args != made[1].args:
+        return None
+    found = {words_of(x)[0]: y for x, y in zip(made, (a, b), strict=True)}
+    return (found["min"], found["max"]) if found.keys() == {"min", "max"} else None
 
 
 def _of_one_query(expr: Expr) -> Expr:

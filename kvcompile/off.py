@@ -76,7 +76,8 @@ def silence(sites: Iterable[AttentionSite], off: tuple[int, ...]) -> list[Silenc
     for site in sites:
         if site.index not in off:
             continue
-        replaced = [(site.attention, nothing), *((norm, unchanged) for norm in _norms(site.layer))]
+        replaced: list[tuple[nn.Module, Any]] = [(site.attention, nothing)]
+        replaced += [(norm, unchanged) for norm in _norms(site.layer)]
         for module, ours in replaced:
             found.append(Silenced(module, ours, module.forward))
             module.forward = ours

@@ -267,8 +267,8 @@ def _refuse_policy(compiled: Compiled) -> None:
         )
     if compiled.plan.off:
         raise KvCompileError(
-            f"policy {compiled.plan.name!r} takes out the attention of whole layers (`off`), which needs a transformers "
-            "model: in a graph nothing tells which part of a layer is its attention"
+            f"policy {compiled.plan.name!r} takes out the attention of whole layers (`off`), which needs a "
+            "transformers model: in a graph nothing tells which part of a layer is its attention"
         )
     if compiled.plan.rotates:
         raise KvCompileError(

@@ -53,7 +53,9 @@ class Run:
         self.area = torch.zeros(facts.layers, batch, facts.kv_heads, dtype=torch.int64, device=store.device)  # of nP
         self.widest = torch.zeros_like(self.area)  # P + n of each head
         # Layers that are off read nothing of a forward either.
-        self.reads = torch.tensor([[[layer not in self.plan.off]] for layer in range(facts.layers)], device=store.device)
+        self.reads = torch.tensor(
+            [[[layer not in self.plan.off]] for layer in range(facts.layers)], device=store.device
+        )
         self.widest_sum = torch.zeros(batch, dtype=torch.int64, device=store.device)  # the same of all heads together
         self.triangles = [0] * batch  # n(n+1)/2, the same for all heads
         self.tokens = [0] * batch

@@ -17,8 +17,9 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import query_sources
 from kvcompile.kernels.judge import SLIDES
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, Trigger, formulas_of
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, ReadRule, Trigger, formulas_of
 from kvcompile.kernels.ranks import longest
+from kvcompile.kernels.spans import all_without
 from kvcompile.kernels.states import follow_reads
 from kvcompile.kernels.units import reads_next
 from kvcompile.spans import Spans
@@ -135,6 +136,9 @@ class Sequences:
         lines = []
         for read, of_rules in zip(self.plan.reads, self._read_bits, strict=True):
             for rule, bits in zip(read.rules, of_rules, strict=True):
+                if not rule.triggers:
+                    lines.append([int(self._may_narrow(rule, b, piece)) for b, piece in enumerate(pieces)])
+                    continue
                 width = max((_newest(s) for s in sources_of(formulas_of(rule))), default=0)
                 line = []
                 for b, piece in enumerate(pieces):
@@ -146,6 +150,12 @@ class Sequences:
                         raise KvCompileError(_missing(read.name, b, seq, width))
                 lines.append(line)
         return lines
+
+    def _may_narrow(self, rule: ReadRule, b: int, piece: Piece) -> bool:
+        """Of a rule without triggers, which is for every forward: whether some token may read less than all."""
+        seq = self.each[b]
+        stop = 0 if seq.spans is None else seq.spans.stop
+        return bool(piece.new) and not (all_without(rule) and seq.seen >= stop)
 
     def _fires(self, c: int, trigger: Trigger, b: int, piece: Piece, longest: int) -> bool:
         seq = self.each[b]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,9 +75,14 @@ class Spans:
         return Spans(self.segments, self.reads, tuple(out))
 
     @property
+    def stop(self) -> int:
+        """From which token on no stretch comes any more."""
+        return self.segments[-1][2] if self.segments else 0
+
+    @property
     def tokens(self) -> int:
         """How long a prompt these stretches and positions need."""
-        return max(max((stop for _, _, stop in self.segments), default=0), len(self.positions or ()))
+        return max(self.stop, len(self.positions or ()))
 
     def upto(self, tokens: int) -> Spans:
         """What is left of it when the sequence is cut to so many tokens."""
@@ -184,7 +190,7 @@ def _segment(value: Any) -> tuple[str, int, int]:
 def _check_apart(segments: tuple[tuple[str, int, int], ...]) -> None:
     if len(segments) > MOST:
         raise KvCompileError(f"{len(segments)} stretches in one sequence; at most {MOST} are supported")
-    for (first, _, stop), (second, start, _) in zip(segments, segments[1:], strict=False):
+    for (first, _, stop), (second, start, _) in pairwise(segments):
         if start < stop:
             raise KvCompileError(
                 f"stretches {first!r} and {second!r} overlap: the first ends at token {stop}, the second begins at "

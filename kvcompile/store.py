@@ -76,7 +76,9 @@ class Store:
         self.rope = torch.zeros(2, 0, facts.head_dim, device=device)
         self.landmarks = layout_of(plan)
         kept = self.landmarks.count, batch
-        self.marks = torch.zeros(*kept, 0, self.landmarks.width, dtype=getattr(torch, self.landmarks.dtype), device=device)
+        self.marks = torch.zeros(
+            *kept, 0, self.landmarks.width, dtype=getattr(torch, self.landmarks.dtype), device=device
+        )
         self.edges = torch.zeros(*kept, 0, self.landmarks.edges, 2, dtype=torch.int32, device=device)
         self.marked = torch.zeros(*kept, len(self.landmarks.kinds), dtype=torch.int32, device=device)
         self.reach = torch.tensor([facts.reach(i) for i in range(facts.layers)], dtype=torch.int32, device=device)

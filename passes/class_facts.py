@@ -125,8 +125,8 @@ def never_full(resolved: Resolved, plan: PolicyPlan, tokens: int) -> list[Diagno
     return [
         finding(
             "K708",
-            f"no `{clause.name}` of {short[clause.name].size} tokens is full in a text of {tokens}: `attend` reads, and "
-            "`keep` holds, all of its entries",
+            f"no `{clause.name}` of {short[clause.name].size} tokens is full in a text of {tokens}: "
+            "`attend` reads, and `keep` holds, all of its entries",
             clause.span,
             "take a smaller unit, or longer texts",
         )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcompile.kernels.extent import SLACK, extent
-from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.marks import layout_of
+from kvcompile.kernels.plan import PolicyPlan, Region
 from kvcompile.passes.groups import Group, groups
 from kvcompile.passes.residents import forwards
 
@@ -75,20 +76,14 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
 
 
 def _beside(plan: PolicyPlan, places: int, tokens: int) -> int:
-    """The newest queries that scores may ask for, numbers of rows, choices for later layers, landmarks."""
+    """The newest queries that scores may ask for, numbers of rows, choices for later layers, landmarks, and which
+    stretch of the text each token is in."""
     facts = plan.facts
     ring = len(plan.live) * facts.q_heads * plan.ring * facts.entry_bytes // 2
     numbers = 4 * plan.scalars * facts.layers * facts.kv_heads
-    return ring + numbers + 4 * plan.picks * facts.kv_heads * places + _landmarks(plan, tokens)
-
-
-def _landmarks(plan: PolicyPlan, tokens: int) -> int:
-    """What reads choose units by, as caches keep it."""
-    if not plan.reads:
-        return 0
-    from kvcompile.kernels.marks import layout_of
-
-    return layout_of(plan).nbytes(tokens)
+    terms = (term for read in plan.reads for rule in read.rules for term in rule.terms)
+    segments = 4 * places * any(isinstance(term, Region) and term.kind == "span" for term in terms)
+    return ring + numbers + 4 * plan.picks * facts.kv_heads * places + layout_of(plan).nbytes(tokens) + segments
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def _check_in_time(term: RegionOp, reader: AnySet, writers: list[PickOp], contex
                        f"let it be picked at `{_PHASES[needed]}`, too, without a condition")  # fmt: skip
 
 
-def _fires_with(writer: PickOp, reader: Decision) -> bool:
+def _fires_with(writer: PickOp, reader: AnySet) -> bool:
     """Whether a pick is made whenever it is read: the same triggers, their conditions the same for all rows."""
 
     def times(decision: AnySet) -> set[tuple[str, int, str, SSAValue | None]]:

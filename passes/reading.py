@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kvcompile.kernels.counts import count_value
+from kvcompile.kernels.marks import asked, dense_below, layout_of
 from kvcompile.kernels.plan import ClassPlan, PolicyPlan, ReadPlan, ReadRule, Region, Selection
 from kvcompile.passes.covers import Cover
 from kvcompile.passes.held import Held
 
-_LONGEST = 1 << 24  # tokens up to which a length is looked for
+_LONGEST = 1 << 20  # tokens up to which a length is looked for
 _LOOSE = ("frozen", "span", "random", "picked")  # regions whose members positions do not tell
 
 
@@ -269,13 +270,13 @@ def _chosen(
             return open_, False
         n = counts[term.count] if term.count is not None else _floor(term.fraction, open_)
         return min(n, open_), True
+    if term.whole is None or term.rank in ("cover", "where"):
+        return open_, False
     unit = plan.unit(name)
     starts = (unit.offset + u * unit.stride for u in range(unit.full(seen - 1)))
     sizes = [unit.size - cover.count(max(low, at), at + unit.size) - max(0, low - at) for at in starts]
     sizes = sorted((size for size in sizes if size > 0), reverse=True)
     waiting = open_ - sum(sizes)
-    if term.whole is None or term.rank in ("cover", "where"):
-        return open_, False
     n = counts[term.count] if term.count is not None else _floor(term.fraction, len(sizes))
     known = n >= len(sizes) or len(set(sizes)) < 2
     return waiting + sum(sizes[:n]), known
@@ -291,11 +292,9 @@ def _floor(part: Fraction | None, of: int) -> int:
 
 def _landmark_bytes(plan: PolicyPlan, read: ReadPlan, seen: int) -> int:
     """Bytes of landmarks that choosing reads of one row."""
-    from kvcompile.kernels.marks import asked, layout_of
-
     layout, names = layout_of(plan), asked(plan, read)
-    width = layout.dtype.itemsize
-    return sum(kind.unit.full(seen) * kind.channels * width for kind in layout.kinds if kind.unit.name in names)
+    kinds = [kind for kind in layout.kinds if kind.unit.name in names]
+    return sum(kind.unit.full(seen) * kind.channels * layout.itemsize for kind in kinds)
 
 
 def _reads_less_from(plan: PolicyPlan, read: ReadPlan, reach: int) -> int | None:
@@ -316,7 +315,5 @@ def _reads_less_from(plan: PolicyPlan, read: ReadPlan, reach: int) -> int | None
 
 
 def _pays_from(plan: PolicyPlan, read: ReadPlan, taken: int) -> int | None:
-    from kvcompile.kernels.marks import dense_below
-
     found = dense_below(plan, read, taken)
     return found if found < (1 << 31) - 1 else None

@@ -34,7 +34,11 @@ def slide(plan: PolicyPlan) -> PolicyPlan:
         part.rows_of if part.rows_of is not None else cls for cls, part in enumerate(plan.classes) if _sees(part)
     }
     classes = tuple(_inside(plan.classes[cls], window, index, 1 if cls in at_once else SLACK) for cls, window in parts)
-    class_of = tuple(tuple(index[cls, windows[layer]] for cls in row) for layer, row in enumerate(plan.class_of))
+    # Of a layer that is off it is all the same what stands there.
+    class_of = tuple(
+        tuple(0 if layer in plan.off else index[cls, windows[layer]] for cls in row)
+        for layer, row in enumerate(plan.class_of)
+    )
     # Scores that wait for all layers are named by their class, which has one window and so one new place.
     names = {f"@score:{cls}": f"@score:{place}" for (cls, _), place in index.items()}
     states = tuple(replace(state, name=_renamed(state.name, names)) for state in plan.states)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -181,9 +181,10 @@ class Oracle:
         self.scaling = scaling
         piece, n = self.piece, query.shape[1]
         there = [row.positions() for row in self.rows[layer]]
-        for head, row in enumerate(self.rows[layer]):
-            self._insert(row, query[head * self.group : (head + 1) * self.group], key[head], value[head])
-        sets = self.reader.sets(self, layer) if self.reader else None
+        fresh = [(query[h * self.group : (h + 1) * self.group], key[h], value[h]) for h in range(self.heads)]
+        for row, new in zip(self.rows[layer], fresh, strict=True):
+            self._insert(row, *new, range(piece.tokens))
+        sets = self._sets(layer, fresh) if self.reader else None
         outputs = []
         for head in range(self.heads):
             row, past = self.rows[layer][head], there[head]
@@ -196,10 +197,13 @@ class Oracle:
             for j in range(n):
                 readable = len(past) + j + 1
                 logit = (asking[:, j] @ keys[:readable].T).float() * scaling
-                if sets is not None and j < piece.tokens:
+                asked = logit
+                if sets is not None:
                     logit = logit.masked_fill(~marks(sets[head][j], columns[:readable]), -math.inf)
                 probabilities, rest = self.shares(row, logit, asking[:, j])
-                row.reads[:, j, columns[:readable]] = probabilities
+                # Peeked queries are asked as queries are that are asked again: what they might read.
+                seen = probabilities if j < piece.tokens else self.shares(row, asked, asking[:, j])[0]
+                row.reads[:, j, columns[:readable]] = seen
                 output[:, j] = probabilities.to(values.dtype) @ values[:readable]
                 if row.folded is not None:
                     output[:, j] += rest[:, None] * row.folded.value
@@ -209,11 +213,24 @@ class Oracle:
                 self.rule.on_query(self, layer, head, piece.start + j)
         return torch.cat(outputs).transpose(0, 1)
 
-    def _insert(self, row: Row, query: Tensor, key: Tensor, value: Tensor) -> None:
-        n = self.piece.tokens
-        row.keys = torch.cat([row.keys, key[:n].float()])
-        row.values = torch.cat([row.values, value[:n].float()])
-        row.queries = torch.cat([row.queries, query[:, :n].float()], dim=1)
+    def _sets(self, layer: int, fresh: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[list[list[set[int]]]]:
+        """What this forward's queries read, [KV head][query][query head]; peeked ones see each other's entries."""
+        sets = self.reader.sets(self, layer)
+        if self.piece.peeked:
+            whole = self.rows[layer]
+            self.rows[layer] = [replace(row, states=dict(row.states)) for row in whole]
+            for row, new in zip(self.rows[layer], fresh, strict=True):
+                self._insert(row, *new, range(self.piece.tokens, self.piece.tokens + self.piece.peeked))
+            sets = [mine + more for mine, more in zip(sets, self.reader.peeked(self, layer), strict=True)]
+            self.rows[layer] = whole
+        return sets
+
+    def _insert(self, row: Row, query: Tensor, key: Tensor, value: Tensor, which: range) -> None:
+        """The entries of some tokens of this forward."""
+        n, part = len(which), slice(which.start, which.stop)
+        row.keys = torch.cat([row.keys, key[part].float()])
+        row.values = torch.cat([row.values, value[part].float()])
+        row.queries = torch.cat([row.queries, query[:, part].float()], dim=1)
         row.resident = torch.cat([row.resident, torch.ones(n, dtype=torch.bool)])
         row.frozen = torch.cat([row.frozen, torch.zeros(n, dtype=torch.bool)])
         row.acc = torch.cat([row.acc, torch.zeros(n)])

@@ -100,26 +100,37 @@ class Reader:
     of: Callable[[int, int], Sequence[Reading]]
     off: frozenset[int] = frozenset()
     held: dict[tuple[int, int], tuple[Sets, int]] = field(default_factory=dict)
+    firing: dict[int, list[list[Reading]]] = field(default_factory=dict)  # of the newest forward: [layer][KV head]
     seen: dict[int, list[list[Sets]]] = field(default_factory=dict)  # of the newest forward: [layer][KV head][query]
 
     def sets(self, oracle: Oracle, layer: int) -> list[list[Sets]]:
         """Positions that each query reads, [KV head][query][query head of the group]."""
-        firing = [[r for r in self.of(layer, h) if r.fires(oracle, layer, h)] for h in range(oracle.heads)]
+        self.firing[layer] = [[r for r in self.of(layer, h) if r.fires(oracle, layer, h)] for h in range(oracle.heads)]
         prepared: list[Reading] = []
-        for reading in (r for readings in firing for r in readings):
+        for reading in (r for readings in self.firing[layer] for r in readings):
             if not any(reading is other for other in prepared):
                 prepared.append(reading)
                 reading.prepare(oracle, layer)
-        self.seen[layer] = [self._row(oracle, layer, head, firing[head]) for head in range(oracle.heads)]
+        piece: Piece = oracle.piece
+        self.seen[layer] = []
+        for head, firing in enumerate(self.firing[layer]):
+            assert len(firing) < 2, "two sets for one row in one forward"
+            if not firing and piece.kind == "prefill":
+                self.held.pop((layer, head), None)
+            found = self._row(oracle, layer, head, range(piece.start, piece.now + 1))
+            if firing:
+                self.held[layer, head] = found[-1], piece.now
+            self.seen[layer].append(found)
         return self.seen[layer]
 
-    def _row(self, oracle: Oracle, layer: int, head: int, firing: list[Reading]) -> list[Sets]:
-        piece: Piece = oracle.piece
-        assert len(firing) < 2, "two sets for one row in one forward"
-        if not firing and piece.kind == "prefill":
-            self.held.pop((layer, head), None)
-        found = []
-        for place in range(piece.start, piece.start + piece.tokens):
+    def peeked(self, oracle: Oracle, layer: int) -> list[list[Sets]]:
+        """The same of the piece's peeked queries, whose entries are in the rows for as long as they read."""
+        places = range(oracle.piece.now + 1, oracle.piece.now + 1 + oracle.piece.peeked)
+        return [self._row(oracle, layer, head, places) for head in range(oracle.heads)]
+
+    def _row(self, oracle: Oracle, layer: int, head: int, places: range) -> list[Sets]:
+        firing, found = self.firing[layer][head], []
+        for place in places:
             asked = Asked(oracle, layer, head, place)
             columns = set(asked.columns())
             if firing:
@@ -130,8 +141,6 @@ class Reader:
             else:
                 sets = [columns] * oracle.group
             found.append([(s | {place}) & columns for s in sets])
-        if firing:
-            self.held[layer, head] = found[-1], piece.now
         return found
 
 

@@ -68,6 +68,49 @@ def test_a_mask_is_written_and_read_by_the_other_commands(
     assert main(explained) == 0
 
 
+GATED = """
+policy gated():
+    unit block(4) with c = mean[i] raw.k
+    score live = softmax[u] learned("gates.safetensors", q, c)
+    attend own block | top(2) blocks by live per query_head
+    at chunk
+
+learn live for gated:
+    gate z = block_gate(width=4) per query_head
+    loss attention_kl
+    freeze weights
+"""
+
+
+def test_gates_of_units_are_written_and_read_by_the_other_commands(
+    capsys: pytest.CaptureFixture[str], folder: Path, data: Path, tmp_path: Path
+) -> None:
+    policy, out = tmp_path / "gated.kvp", tmp_path / "mine.safetensors"
+    policy.write_text(GATED)
+    same = (policy, "--model", folder, "--data", data, "--steps", 3, "--batch", 2)
+    code, said, err = run(capsys, *same, "--out", out)
+    assert code == 0, err
+    lines = said.splitlines()
+    assert (
+        lines[0] == "gates of 2 layers, for the mean of a unit's queries and the mean of raw.k over units of 4 tokens"
+    )
+    assert lines[1].startswith("loss: ") and lines[2].startswith("recall: ")
+    assert lines[3] == f"written: {out}; use it with --table live={out}"
+    asked = ["run", str(policy), "--model", str(folder), "--table", f"live={out}", "--prompt", "w5 w9 w7 w8 w5 w9"]
+    assert main([*asked, "--max-new-tokens", "2", "--backend", "reference"]) == 0
+    code, said, err = run(capsys, *same, "--out", out, "--json")
+    assert code == 0 and json.loads(said)["trained"]["landmarks"] == ["mean"]
+    for wrong, reason in (
+        (("--out", tmp_path / "gates.tsv"), "written as .safetensors"),
+        (("--out", out, "--keep", "30%"), "keep='30%' has no use for gates of units"),
+    ):
+        code, _, err = run(capsys, *same, *wrong)
+        assert code != 0 and reason in " ".join(err.split())
+    quick = (policy, "--model", folder, "--method", "quick", "--out", out)
+    code, _, err = run(capsys, *quick)
+    assert code == 2 and "quick measures heads" in " ".join(err.split())
+
+
 def test_the_part_is_that_of_the_block_or_scores_are_written(
     capsys: pytest.CaptureFixture[str], folder: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -113,6 +113,15 @@ def test_heads_are_learned_saved_and_used(run, tmp_path: Path) -> None:
     assert re.search(r"policy\s+prulong", out) and "footprint" in out
 
 
+def test_gates_are_learned_saved_and_read_by(run, tmp_path: Path) -> None:
+    out = run("08_learn_gates.py", "--out", str(tmp_path))
+    first, last = re.findall(r"step \d+: divergence ([\d.]+), best blocks found (\d+)%", out)
+    assert float(last[0]) < 0.5 * float(first[0]) and int(last[1]) > int(first[1]) + 15
+    right = {name: int(number) for name, number in re.findall(r"^(\w+): (\d+) of 12 right", out, re.MULTILINE)}
+    assert right["gated"] >= 9 > 4 >= right["random_tokens"]
+    assert (tmp_path / "gates.safetensors").stat().st_size > 100_000
+
+
 def test_a_model_in_plain_pytorch_recalls_under_a_policy(run) -> None:
     out = run("07_plain_pytorch.py")
     answer, wanted = re.search(r"-> (\w+) .*\(right: (\w+)\)", out).groups()

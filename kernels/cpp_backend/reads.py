@@ -73,7 +73,21 @@ class _Kernels:
     spans: Any
     blocks: Any
     marks: Any
+    beside: tuple[str, ...] = ()  # what spans takes of the model's attention
     rules: dict[tuple[int, int], _Rule | None] = field(default_factory=dict)
+    _readers: dict[int, tuple[object, Any]] = field(default_factory=dict)  # of each layer the latest, and what it was of
+    _marks: dict[int, tuple[object, Any]] = field(default_factory=dict)
+
+    def readers(self, site: Site, layer: int) -> Any:
+        """How each KV head of a layer reads in this forward; None where it needs the definition."""
+        new = site.clock[:, Clock.NEW].tolist()
+        fires = site.fires[len(self.plan.classes) :].tolist()
+        own = tuple(b for b, n in enumerate(new) if n)
+        key = own, fires, site.marks.data_ptr(), site.edges.data_ptr(), site.picked.data_ptr(), site.marks.shape[2]
+        known = self._readers.get(layer)
+        if known is None or known[0] != key:
+            known = self._readers[layer] = key, _readers(self, site, layer, own, fires)
+        return known[1]
 
     @classmethod
     def of(cls, plan: PolicyPlan) -> _Kernels:
@@ -81,8 +95,10 @@ class _Kernels:
         spans, blocks, marks = (library.find(make) for make in (spans_spec, blocks_spec, marks_spec))
         made = cls(plan, getattr(torch, plan.facts.dtype), layout_of(plan), library, None, None, None)
         if spans is not None:
+            facts = dict(spans_spec(plan).facts)
+            made.beside = tuple(name for name in _BESIDE if facts.get(name))
             made.spans = spans.spans
-            made.spans.argtypes = [_address] * 7 + [_float, _int, *(_BESIDE[name] for name in made.variants())]
+            made.spans.argtypes = [_address] * 7 + [_float, _int, *(_BESIDE[name] for name in made.beside)]
             made.spans.restype = _long
         if blocks is not None:
             made.blocks = blocks.blocks
@@ -91,10 +107,6 @@ class _Kernels:
             made.marks = marks.marks
             made.marks.argtypes, made.marks.restype = [_address] * 2 + [_int], None
         return made
-
-    def variants(self) -> list[str]:
-        facts = dict(spans_spec(self.plan).facts)
-        return [name for name in _BESIDE if facts.get(name)]
 
     def rule(self, read: int, index: int) -> _Rule | None:
         if (read, index) not in self.rules:
@@ -136,7 +148,7 @@ class Reads:
             return None
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
         here = c_site(site, plan.facts.kv_heads)
-        readers = _readers(kernels, site, here.layer)
+        readers = kernels.readers(site, here.layer)
         if readers is None or not _mark(kernels, site, here, None, None):
             return None
         out = q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
@@ -159,7 +171,7 @@ class Reads:
             return None
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
         here, facts = c_site(site, plan.facts.kv_heads), plan.facts
-        readers = _readers(kernels, site, here.layer)
+        readers = kernels.readers(site, here.layer)
         if readers is None or not _mark(kernels, site, here, k, v):
             return None
         sink = site.sink[here.layer] if facts.sinks else None
@@ -181,14 +193,13 @@ def _beside(kernels: _Kernels, site: Site, layer: int) -> list[float]:
     """What spans takes of the model's attention, in the order of `_BESIDE`."""
     facts = kernels.plan.facts
     asked = {"softcap": facts.softcap, "sinks": site.sink[layer].data_ptr() if facts.sinks else 0}
-    return [(asked | {"sliding": facts.reach(layer)})[name] for name in kernels.variants()]
+    return [(asked | {"sliding": facts.reach(layer)})[name] for name in kernels.beside]
 
 
-def _readers(kernels: _Kernels, site: Site, layer: int) -> Any:
-    """How each KV head of a layer reads in this forward; None where it needs the definition."""
+def _readers(kernels: _Kernels, site: Site, layer: int, active: tuple[int, ...], fires: list[list[int]]) -> Any:
     plan, layout = kernels.plan, kernels.layout
     reading = plan.reading(layer)
-    rules = {read: _firing(kernels, site, read) for read in set(reading) - {-1}}
+    rules = {read: _firing(kernels, read, active, fires) for read in set(reading) - {-1}}
     if any(rule == _SLOW for rule in rules.values()):
         return None
     made = (_Reader * len(reading))()
@@ -214,14 +225,15 @@ def _readers(kernels: _Kernels, site: Site, layer: int) -> Any:
 _SLOW = "definition"
 
 
-def _firing(kernels: _Kernels, site: Site, read: int) -> _Rule | str | None:
+def _firing(
+    kernels: _Kernels, read: int, active: tuple[int, ...], fires_of: list[list[int]]
+) -> _Rule | str | None:
     """The rule of a read that every sequence of this forward goes by; None: they read all; or `_SLOW`."""
     plan = kernels.plan
     if plan.reads[read].holds:
         return _SLOW
-    active = [b for b, n in enumerate(site.clock[:, Clock.NEW].tolist()) if n]
-    line = len(plan.classes) + sum(len(other.rules) for other in plan.reads[:read])
-    lines = site.fires[line : line + len(plan.reads[read].rules)].tolist()
+    line = sum(len(other.rules) for other in plan.reads[:read])
+    lines = fires_of[line : line + len(plan.reads[read].rules)]
     found: list[int] = []
     for index, (rule, bits) in enumerate(zip(plan.reads[read].rules, lines, strict=True)):
         fires = {_fires(rule, bits[b]) for b in active}
@@ -248,18 +260,24 @@ def _mark(kernels: _Kernels, site: Site, here: CSite, k: Tensor | None, v: Tenso
     """Bring the layer's landmarks up to date; False where they have no C++ form."""
     layout = kernels.layout
     heads = [h for h, reader in enumerate(layout.readers[here.layer]) if reader >= 0]
-    if not heads:
+    if not heads:  # regions alone
         return True
     if kernels.marks is None:
         return False
-    first = layout.readers[here.layer][heads[0]]  # a layer's readers follow each other
-    asked = _Marks(
-        marks=site.marks[first].data_ptr(), edges=site.edges[first].data_ptr(), marked=site.marked[first].data_ptr(),
-        readers=len(heads), blocks=site.marks.shape[2],
-    )  # fmt: skip
-    of = (ctypes.c_int32 * len(heads))(*heads)
-    evicts = (ctypes.c_uint8 * len(heads))(*(layout.evicts[first + i] for i in range(len(heads))))
-    asked.heads, asked.evicts = ctypes.addressof(of), ctypes.addressof(evicts)
+    key = site.marks.data_ptr(), site.edges.data_ptr(), site.marked.data_ptr(), site.marks.shape
+    known = kernels._marks.get(here.layer)
+    if known is None or known[0] != key:
+        first = layout.readers[here.layer][heads[0]]  # a layer's readers follow each other
+        of = (ctypes.c_int32 * len(heads))(*heads)
+        evicts = (ctypes.c_uint8 * len(heads))(*(layout.evicts[first + i] for i in range(len(heads))))
+        made = _Marks(
+            marks=site.marks[first].data_ptr(), edges=site.edges[first].data_ptr(),
+            marked=site.marked[first].data_ptr(), heads=ctypes.addressof(of), evicts=ctypes.addressof(evicts),
+            readers=len(heads), blocks=site.marks.shape[2],
+        )  # fmt: skip
+        known = kernels._marks[here.layer] = key, (made, of, evicts)
+    asked = known[1][0]
+    asked.k = asked.v = None
     if k is not None and v is not None:
         asked.k, asked.v, asked.columns = k.data_ptr(), v.data_ptr(), k.shape[2]
         asked.k_strides, asked.v_strides = ((_long * 3)(*t.stride()[:3]) for t in (k, v))

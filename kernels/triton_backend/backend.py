@@ -38,6 +38,7 @@ from kvcompile.kernels.triton_backend.attend import (
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.evict import EvictStep
 from kvcompile.kernels.triton_backend.library import At, library
+from kvcompile.kernels.triton_backend.reads import Reading
 
 
 class Triton:
@@ -48,6 +49,7 @@ class Triton:
     def __init__(self) -> None:
         self._readers: dict[tuple[object, ...], ModuleType | None] = {}
         self._decoders: dict[tuple[object, ...], DecodeStep | None] = {}
+        self._readings: dict[tuple[object, ...], Reading | None] = {}
         self._evictions: dict[tuple[object, ...], EvictStep | None] = {}
 
     def prepare(self, plan: PolicyPlan) -> None:
@@ -71,7 +73,7 @@ class Triton:
 
         Whether it is one is on the device alone: only there, and only for long pieces, is a value read back.
         """
-        module = None if narrows(plan, site) else self._reader(plan, site, q.shape[2])
+        module = None if plan.reads and narrows(plan, site) else self._reader(plan, site, q.shape[2])
         if module is None:
             return reference.attend_prefill(plan, site, q, k, v, scale, weights)
         plain = not plan.facts.softcap and not plan.facts.sinks
@@ -95,14 +97,30 @@ class Triton:
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
     ) -> Tensor:
         """As `reference.attend_step`, without a look at any device value."""
-        step = None if narrows(plan, site) else self._decoder(plan, site)
+        active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
+        given, reading = variant(plan, site), self._reading(plan, site)
+        if reading is not None:
+            out = reading(site, q[:, :, 0], k[:, :, 0], v[:, :, 0], scale, **given)
+            _file_queries(site, q, start, active)
+            return out
+        step = None if plan.reads and narrows(plan, site) else self._decoder(plan, site)
         if step is None:
             return reference.attend_step(plan, site, q, k, v, scale, weights)
-        active, start = site.clock[:, Clock.NEW], site.clock[:, Clock.START]
-        given = variant(plan, site)
         out, _ = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], site, start, active, site.layer, scale, **given)
         _file_queries(site, q, start, active)
         return out
+
+    def _reading(self, plan: PolicyPlan, site: Site) -> Reading | None:
+        """What a step reads by, where the plan narrows reads and all of them have a form."""
+        if not plan.reads:
+            return None
+        key = (*_key(plan, site), site.marks.shape[2])
+        if key not in self._readings:
+            try:
+                self._readings[key] = Reading.prepare(plan, site, _capacity(site))
+            except Unprintable:
+                self._readings[key] = None
+        return self._readings[key]
 
     def _decoder(self, plan: PolicyPlan, site: Site) -> DecodeStep | None:
         key = _key(plan, site)
@@ -133,7 +151,7 @@ class Triton:
         for index, part in enumerate(plan.classes):
             if competes(part) or not any(part.fires_on(kind) for kind in STEP_TRIGGERS):
                 continue
-            step, decoder = self._eviction(plan, first, index), self._decoder(plan, first)
+            step, decoder = self._eviction(plan, first, index), self._left_by(plan, first)
             if step is None or decoder is None:
                 self._by_reference(plan, stores, index, scale)
                 continue
@@ -143,6 +161,13 @@ class Triton:
             if len(step.sites):
                 reach = first.reach if part.slides else None
                 step(first, first.counts, first.fires[index], now, prompt, decoder.score, reach)
+
+    def _left_by(self, plan: PolicyPlan, site: Site) -> DecodeStep | None:
+        """Which decode has left its scores; where the reference may have stood in for some layer, none."""
+        if not plan.reads:
+            return self._decoder(plan, site)
+        reading = self._reading(plan, site)
+        return None if reading is None else reading.decode
 
     def _eviction(self, plan: PolicyPlan, site: Site, index: int) -> EvictStep | None:
         key = (*_key(plan, site), index)

@@ -23,6 +23,7 @@ from kvcompile.kernels.choose import (
     specs_for,
     state_spec,
 )
+from kvcompile.kernels.choose_listed import listed_decode, listed_marks, listed_specs, listed_units
 from kvcompile.kernels.gpus import Gpu, of_device
 from kvcompile.kernels.headers import Sizes, header_for
 from kvcompile.kernels.plan import PolicyPlan, Selection, StatePlan
@@ -50,7 +51,7 @@ def write_kernels(plan: PolicyPlan, place: Path | None = None, sizes: Sizes | No
     """Render every kernel of a policy into `place` (default: its cache folder): name -> file."""
     place = place or folder(plan.name, plan.digest)
     files = {}
-    for spec in specs_for(plan):
+    for spec in (*specs_for(plan), *listed_specs(plan)):
         source = render(spec, header_for(plan, spec, sizes or Sizes()))
         files[spec.name] = KernelFile(spec, write(source, place / f"{spec.name}.py"), source)
     return files
@@ -105,6 +106,18 @@ class Library:
     def prefill(self, at: At | None = None) -> ModuleType:
         """Attention of a piece."""
         return self._module(prefill_spec(self.plan), at)
+
+    def listed_marks(self, at: At | None = None) -> ModuleType:
+        """Landmarks of the units that reads ask for."""
+        return self._module(listed_marks(self.plan), at)
+
+    def listed_units(self, read: int, at: At | None = None) -> ModuleType:
+        """What the queries of a step choose by a read, as spans."""
+        return self._module(listed_units(self.plan, read), at)
+
+    def listed_decode(self, at: At | None = None) -> ModuleType:
+        """Attention of a step whose heads read spans, or all."""
+        return self._module(listed_decode(self.plan), at)
 
     def target(self, at: At) -> int | None:
         """Work units that a decode launch aims at; None leaves it to the file."""

@@ -321,6 +321,10 @@ def test_last_queries_under_chunk_are_found_through_scores() -> None:
         ("h2o", "everything"),
         ("sampleattention", "sampled"),
         ("quest", "landmarks"),
+        ("moba", "landmarks"),
+        ("tidal", "logits"),
+        ("vertical", "queries"),
+        ("powerattention", None),
     ],
 )
 def test_cost_classes(name: str, cost: str | None) -> None:

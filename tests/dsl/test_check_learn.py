@@ -12,6 +12,7 @@ from kvcompile.dsl.codes import CATALOGUE
 from kvcompile.dsl.context import Context
 from kvcompile.dsl.format import format_text
 from kvcompile.dsl.learn_block import Block, Term
+from kvcompile.dsl.learn_gate import check_gate_block, trained_scores
 from kvcompile.dsl.printer import text as printed
 
 HEADS = 'heads far = table("masks.tsv")\nheads near = rest\n'
@@ -284,9 +285,11 @@ def test_an_inherited_block_is_no_reason_to_refuse_a_child_that_changes_the_sets
 
 def test_blocks_of_the_library_are_right_and_print_as_they_read() -> None:
     having = [name for name in library.names() if parse(library.read(name)).learns]
-    assert having == ["duo", "prulong"]
+    assert having == ["duo", "prulong", "seerattention_gated", "seerattention_r_gated"]
     for name in having:
-        assert read(name) is not None
+        context = Context.of(resolve(load(name)))
+        trained = trained_scores(context.resolved)
+        assert (check_gate_block if trained else check_block)(context, context.resolved.learns[0]) is not None
         text = library.read(name)
         assert format_text(text) == text
         assert parse(printed(parse(text))) == parse(text)

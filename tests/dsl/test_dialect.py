@@ -25,8 +25,9 @@ from kvcompile.dsl.dialect_policy import (
     UnitOp,
     UpdateOp,
 )
-from kvcompile.dsl.dialect_sets import KeepOp, PickOp, RegionOp, TopOp, TriggerAttr, UnionOp
-from kvcompile.dsl.dialect_sources import EmaOp, LearnedOp, NoiseOp, QueriesOp, SimOp
+from kvcompile.dsl.dialect_reads import OffOp, ReadersOp
+from kvcompile.dsl.dialect_sets import AttendOp, KeepOp, PickOp, RegionOp, TopOp, TriggerAttr, UnionOp
+from kvcompile.dsl.dialect_sources import EmaOp, LearnedOp, NoiseOp, QueriesOp, RegroupOp, SimOp
 from kvcompile.dsl.module import Places, from_text, policy_of, to_text, verify
 from kvcompile.dsl.source import Source
 
@@ -156,10 +157,43 @@ def everything() -> ModuleOp:
     b.add(keep)
     b.add(KeepOp("all", union.res, [TriggerAttr("step")]))
     b.add(PickOp("t", "all", union.res, [TriggerAttr("when", cond=0)], [late.res]))
+    _reads(b, first.res, late.res)
     b.add(SiteOp(0, ["all", "layers 0, last"]))
+    b.add(SiteOp(1, ["all", "all"], [None, "reads far"]))
+    b.add(SiteOp(2, []))
     b.add(PositionsOp("compact"))
     b.add(ScheduleOp(512, 3, 64, 16))
     return b.module
+
+
+def _reads(b: Build, count: SSAValue, cond: SSAValue) -> None:
+    """What is read of some rows, and what nobody reads."""
+    key = kv.FieldOp("k", per_unit=True)
+    middle = kv.ReduceOp("mean", "i", key.res)
+    mark, query = kv.LandmarkOp("kernel", "middle", "ud"), QueriesOp(kv.OWN)
+    logit = kv.PairOp("dot", query.res, mark.res)
+    each = kv.ReduceOp("sum", "q", logit.res)
+    ours = RegroupOp("kernel", "bare", each.res)
+    gate = LearnedOp("gate", "gates.safetensors", [query.res, mark.res])
+    mean = kv.ReduceOp("mean", "g", gate.res)
+    terms = [
+        RegionOp("own", unit="bare"),
+        RegionOp("pow2", unit="bare"),
+        RegionOp("span", span="question"),
+        TopOp("top", ours.res, count, "query_head", whole="bare"),
+        TopOp("where", mean.res, None, whole="bare"),
+    ]
+    for op in (key, middle, UnitOp("kernel", 8, 0, [("middle", middle.res)], 4), mark, query, logit, each, ours):
+        b.add(op)
+    for op in (gate, mean, *terms):
+        b.add(op)
+    union = UnionOp([op.res for op in terms])
+    for op in (union, ReadersOp("reads far", "far", [(1, -1)]), ReadersOp("reads all", None, None)):
+        b.add(op)
+    b.add(AttendOp("reads far", union.res, [TriggerAttr("chunk"), TriggerAttr("step", cond=0)], [cond]))
+    b.add(AttendOp("reads all", union.res, []))
+    b.add(PickOp("read", "reads far", union.res, [TriggerAttr("step")]))
+    b.add(OffOp([(2, 2)]))
 
 
 def _shares(four: SSAValue, total: SSAValue, count: SSAValue, score: SSAValue) -> list[ShareOp]:
@@ -202,8 +236,22 @@ def test_every_operation_survives_the_text() -> None:
         ('kv.scalar "prompt"', 'kv.scalar "weather"', "unknown run-time number"),
         ('kv.const "1/10"', 'kv.const "a tenth"', "not an exact number"),
         ('kv.field "k"', 'kv.field "knee"', "unknown field"),
-        ('over "forward" 0', 'over "forward" 3', "'forward' takes 0"),
-        ('over "peek" 3', 'over "peek" 0', "'forward' takes 0"),
+        ('over "forward" 0', 'over "forward" 3', "'forward', 'sample', 'own' take 0"),
+        ('over "own" 0', 'over "own" 1', "'own' take 0"),
+        ('over "peek" 3', 'over "peek" 0', "others 1 or more"),
+        ('kv.region "own" of "bare"', 'kv.region "own"', "own needs unit"),
+        (' span "question"', "", "span needs name of a span"),
+        ("size 8 stride 4", "size 8 stride 9", "begin every 1 to 8 positions"),
+        ('kv.regroup "kernel"', 'kv.regroup "lost"', "undeclared unit 'lost'"),
+        ('@"reads far" at', '@"reads lost" at', "undeclared readers 'reads lost'"),
+        ('kv.site 1 [@all, @all] reads [unit, @"reads far"]', 'kv.site 1 [@all, @all] reads [unit, @lost]',
+         "undeclared readers lost"),
+        ('reads [unit, @"reads far"]', "reads [unit]", "1 readers for 2 heads"),
+        ('kv.readers @"reads all"', 'kv.readers @"reads far"', "a class is there twice"),
+        ("kv.off layers [2, 2]", "kv.off layers [2]", "pairs of first and last"),
+        ("kv.off layers [2, 2]", "kv.off", "layers that are off are named"),
+        ('at [#kv.trigger<"chunk", 0, "">, #kv.trigger<"step", 0, "", 0>]',
+         'at [#kv.trigger<"full", 4, "">, #kv.trigger<"step", 0, "", 0>]', "full is about what is kept"),
         ('by "pyramid" beta "20"', 'by "pyramid" beta "1/2"', "at least 1"),
         ('by "pyramid" beta "20"', 'by "pyramid"', "has a number of at least 1"),
         ('by "softmax" of', 'by "cover" of', "measures axes 'i', found ''"),

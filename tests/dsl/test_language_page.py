@@ -175,7 +175,7 @@ def test_terms_of_a_loss_are_listed() -> None:
         words.AXES, words.FIELDS, words.PORTIONS, words.REDUCTIONS, words.QUERY_SOURCES, words.FUNCTIONS, words.SHARES,
         words.REGIONS, words.UNIT_REGIONS, words.TRIGGERS, words.EVENTS, words.POSITIONS, words.FORMATS, words.GRAINS,
         words.TIERS, words.FOLDS, words.HEAD_SOURCES, [f"{kind} {what}" for kind in words.SCOPES for what in
-        words.SCOPES[kind]], words.GATES, words.LOSSES, LEARNABLE,
+        words.SCOPES[kind]], words.GATES, words.BLOCK_GATES, words.LOSSES, LEARNABLE,
     ],
 )  # fmt: skip
 def test_every_word_of_the_language_is_on_the_page(known: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Files of trained gates: they come back as they were, and what does not fit is refused with file, tensor and reason."""
+"""Files of trained gates: they come back as they were, and what does not fit is refused with file and reason."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ CPU = torch.device("cpu")
 
 def plan_of(fns: tuple[str, ...] = ("max", "mean"), field: str = "raw.k", size: int = 4, stride: int = 0) -> PolicyPlan:
     """Layers 1 and 2 read by a gate, the first two heads of it."""
-    marks = tuple(
-        (fn, Expr("reduce", (Expr("field", (), field, "id"),), (fn, "i"), "ud")) for fn in dict.fromkeys(fns)
-    )
+    marks = tuple((fn, Expr("reduce", (Expr("field", (), field, "id"),), (fn, "i"), "ud")) for fn in dict.fromkeys(fns))
     unit = UnitPlan("block", size, 0, marks, stride)
-    score = Expr("learned", (Expr("queries", (), OWN, "gqd"), *(Expr("landmark", (), ("block", fn), "ud") for fn in fns)),
-                 "live", "gu")  # fmt: skip
+    named = (Expr("landmark", (), ("block", fn), "ud") for fn in fns)
+    score = Expr("learned", (Expr("queries", (), OWN, "gqd"), *named), "live", "gu")
     term = Selection("top", Expr("reduce", (score,), ("softmax", "u"), "gu"), 0, whole="block")
     every = ClassPlan("all", (Region("all"),), ())
     return PolicyPlan(

@@ -120,6 +120,17 @@ def test_an_off_layer_holds_nothing_and_counts_nothing():
     assert said["evictions"] == 0
 
 
+def test_what_explain_says_is_what_is_measured():
+    text = without("1", "    keep sink(2) | recent(5)\n    at prefill.end\n")
+    model = random_model()
+    told = kvcompile.explain(text, model, prompt=14, generate=STEPS - 1).to_dict()
+    logits_of(kvcompile.optimize(model, text, backend="cpu", compile="off"), torch.tensor([prompt(14)]))
+    said = kvcompile.report(model).to_dict()
+    assert (told["footprint"], told["peak"]) == (pytest.approx(said["footprint"]), pytest.approx(said["peak"]))
+    assert (told["bytes"], told["off"]) == (said["bytes_resident"], [1])
+    assert said["bytes_peak"] <= told["bytes_peak"]
+
+
 def test_the_ring_of_newest_queries_has_no_line_for_an_off_layer():
     text = without("1", "    keep recent(4) | top(4) by sum[q in last(4)] attn\n    at prefill.end\n")
     model = kvcompile.optimize(random_model(), text, backend="cpu", compile="off")
@@ -241,4 +252,3 @@ def test_a_layer_of_unknown_make_is_refused_by_name():
 def test_a_model_without_any_attention_is_refused():
     with pytest.raises(kvcompile.KvCompileError, match="every layer is off"):
         refuse_off(find_sites(random_model()), (0, 1, 2))
-

@@ -88,12 +88,14 @@ def _fires(text: str) -> Callable[..., bool]:
 def drawn(seed: int) -> Case:
     draw = random.Random(seed)
     at, keep = draw.choice(TRIGGERS), draw.choice(list(KEEPS))
+    # Heads share all choices or none, and only among the same entries.
+    shared = "top" not in keep and draw.random() < 0.25
+    scopes = ["shared heads"] if shared else ["per query_head", "per head"]
     # Regions that reach beyond those of `keep` are an error.
     regions = ["recent", "random"] if "sink" in keep else list(REGIONS)
+    regions = [name for name in regions if not shared or name != "random"]  # heads draw apart
     near = [(draw.choice(regions), draw.randint(1, 9)) for _ in range(draw.randint(0, 2))]
     words = [x if x in ("prompt", "generated") else f"{x}({n}, 5)" if x == "random" else f"{x}({n})" for x, n in near]
-    # Heads share all choices or none, and only among the same entries.
-    scopes = ["shared heads"] if "top" not in keep and draw.random() < 0.25 else ["per query_head", "per head"]
     size, choices = draw.choice(SIZES), []
     for _ in range(draw.randint(0 if near else 1, 2)):
         scope, over_units = draw.choice(scopes), draw.random() < 0.6

@@ -77,7 +77,7 @@ def test_choices_for_later_layers_and_tables_of_angles_are_counted() -> None:
     text = "policy mine():\n" + "".join(f"    {line}\n" for line in lines)
     picks = explain(text, small, prompt=300)
     entries = 2 * (304 + 16) * (2 * 64 * 2 + 5)
-    assert picks.bytes == entries + 2 * 512
+    assert picks.bytes == entries + 2 * 4 * 512
 
 
 def test_rows_with_several_rules_are_one_class() -> None:

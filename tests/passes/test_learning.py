@@ -10,7 +10,7 @@ import pytest
 from kvcompile.dsl import PolicyError
 from kvcompile.kernels.plan import ModelFacts, Region
 from kvcompile.passes import compile_policy
-from kvcompile.passes.learning import GatePlan, LearnPlan, LossTerm, compile_learn
+from kvcompile.passes.learning import DistilPlan, GatePlan, LearnPlan, LossTerm, compile_learn
 
 FACTS = ModelFacts(3, 8, 4, 32)
 HARD = GatePlan("hard_concrete", 4.0, (("high", 1.1), ("low", -0.1), ("temperature", 2 / 3)))
@@ -150,3 +150,15 @@ def test_what_is_wrong_with_policy_or_block_stops_it() -> None:
         assert code in [finding.code for finding in caught.value.diagnostics], change
     with pytest.raises(PolicyError, match="K104"):
         compile_learn("prulong", FACTS, widow=3)
+
+
+def test_a_trained_score_is_learned_without_a_file_of_it() -> None:
+    """Plans of gates follow from the policy's text and parameters; of the model only its facts are there."""
+    plan = compile_learn("seerattention_gated", FACTS, size=32)
+    assert isinstance(plan, DistilPlan)
+    assert (plan.heads, plan.kind, plan.keep, plan.terms) == ("live", "block_gate", None, ())
+    assert (plan.gate.size, plan.gate.width, plan.gate.joined) == (32, 128, False)
+    assert (plan.gate.landmarks, plan.gate.raw) == (("max", "min", "mean"), True)
+    assert plan.digest != compile_learn("seerattention_gated", FACTS).digest
+    other = compile_learn("seerattention_r_gated", FACTS)
+    assert isinstance(other, DistilPlan) and other.kind == "query_gate" and other.gate.joined

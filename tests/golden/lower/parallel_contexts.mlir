@@ -1,0 +1,15 @@
+builtin.module {
+  kv.policy @parallel_contexts digest "a8bb316b024e9622" {
+    %0 = kv.region "all" loc("library/parallel_contexts.kvp":2:1)
+    %1 = kv.union %0 loc("library/parallel_contexts.kvp":2:1)
+    kv.class @all loc("library/parallel_contexts.kvp":2:1)
+    kv.keep %1 for @all at [] loc("library/parallel_contexts.kvp":2:1)
+    %2 = kv.region "span" span "self" loc("library/parallel_contexts.kvp":3:12)
+    %3 = kv.const "4" : !kv.expr<""> loc("library/parallel_contexts.kvp":3:32)
+    %4 = kv.count "n_sink" %3 loc("library/parallel_contexts.kvp":3:32)
+    %5 = kv.region "sink" count %4 loc("library/parallel_contexts.kvp":3:27)
+    %6 = kv.union %2, %5 loc("library/parallel_contexts.kvp":3:12)
+    kv.readers @"reads all" loc("library/parallel_contexts.kvp":3:5)
+    kv.attend %6 for @"reads all" at [] loc("library/parallel_contexts.kvp":3:5)
+  } loc("library/parallel_contexts.kvp":2:1)
+} loc(unknown)

@@ -1,0 +1,16 @@
+builtin.module {
+  kv.policy @sparse_transformer digest "36a1da2816ddb354" {
+    kv.unit "block" size 128 from 1 with [] loc("library/sparse_transformer.kvp":4:5)
+    %0 = kv.region "all" loc("library/sparse_transformer.kvp":3:1)
+    %1 = kv.union %0 loc("library/sparse_transformer.kvp":3:1)
+    kv.class @all loc("library/sparse_transformer.kvp":3:1)
+    kv.keep %1 for @all at [] loc("library/sparse_transformer.kvp":3:1)
+    %2 = kv.region "own" of "block" loc("library/sparse_transformer.kvp":5:12)
+    %3 = kv.const "128" : !kv.expr<""> loc("library/sparse_transformer.kvp":5:31)
+    %4 = kv.count "size" %3 loc("library/sparse_transformer.kvp":5:31)
+    %5 = kv.region "stride" count %4 loc("library/sparse_transformer.kvp":5:24)
+    %6 = kv.union %2, %5 loc("library/sparse_transformer.kvp":5:12)
+    kv.readers @"reads all" loc("library/sparse_transformer.kvp":5:5)
+    kv.attend %6 for @"reads all" at [] loc("library/sparse_transformer.kvp":5:5)
+  } loc("library/sparse_transformer.kvp":3:1)
+} loc(unknown)

@@ -1,0 +1,168 @@
+"""Landmarks, choices of units and steps over lists on the interpreter, against each file's own torch and the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvcompile
+from kvcompile.kernels.choose_listed import listed_decode, listed_marks, listed_specs, listed_units, unlisted
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, Region
+from tests.driving import drive, one_by_one
+from tests.kernels.triton_interpreted.host_reads import no_host_reads
+from tests.kernels.triton_interpreted.plans import STEP, module
+from tests.kernels.triton_interpreted.read_plans import EVERY, cover, moba, quest, share
+from tests.kernels.triton_interpreted.watching import fallbacks
+from tests.models import random_model, tokens
+
+QUIET = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+WINDOW = ClassPlan("some", (Region("sink", 0), Region("recent", 0)), (STEP,), (), True)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_file_of_a_read_passes_its_own_check(tmp_path: Path, name: str) -> None:
+    for plan in (EVERY[name](), EVERY[name](group=3, head_dim=96, kv_heads=2)):
+        assert unlisted(plan) == ()
+        for spec in listed_specs(plan):
+            assert module(plan, spec, tmp_path).check() == 0, spec.name
+
+
+def unequal(made: Any, inputs: dict[str, Any]) -> bool:
+    seen = made.observe(inputs, made.launch(**inputs))
+    return not all(torch.equal(seen[name], want) for name, want in made.reference(**inputs).items())
+
+
+@QUIET
+@given(st.data())
+@pytest.mark.parametrize("name", EVERY)
+def test_spans_are_those_of_the_definition_for_any_length_and_ties(tmp_path_factory, name: str, data) -> None:  # type: ignore[no-untyped-def]
+    plan = EVERY[name]()
+    made = module(plan, listed_units(plan, 0), tmp_path_factory.getbasetemp())
+    inputs = made.example("cpu", torch.float32, small=True)
+    longest = int(inputs["length"].max())
+    for b in range(2):
+        held = data.draw(st.integers(0, longest), label="entries")
+        inputs["length"][2 * b : 2 * b + 2], inputs["now"][b] = held, held
+    inputs["prompt"][:] = data.draw(st.integers(0, longest), label="prompt")
+    inputs["counts"][:] = data.draw(st.integers(0, 7), label="count")
+    if "marks" in inputs:
+        inputs["marks"] = inputs["marks"].round()  # so that whole scores tie
+        inputs["q"] = inputs["q"].round()
+    assert not unequal(made, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_over_spans_of_half_precision_is_as_near_as_one_over_rows(tmp_path: Path, dtype: torch.dtype) -> None:
+    plan = moba(size=8, dtype=str(dtype).removeprefix("torch."))
+    made = module(plan, listed_decode(plan), tmp_path)
+    inputs = made.example("cpu", dtype, small=True)
+    want, seen = made.reference(**inputs)["out"], made.observe(inputs, made.launch(**inputs))["out"]
+    assert (want.float() - seen.float()).abs().max() < (1e-5 if dtype == torch.float32 else 2e-3)
+
+
+def test_a_landmark_of_half_precision_is_the_extreme_itself(tmp_path: Path) -> None:
+    plan = quest(dtype="float16")
+    made = module(plan, listed_marks(plan), tmp_path)
+    inputs = made.example("cpu", torch.float16, small=True)
+    assert inputs["marks"].dtype == torch.float16 and not unequal(made, inputs)
+
+
+def test_landmarks_that_are_current_are_not_made_again(tmp_path: Path) -> None:
+    made = module(plan := quest(), listed_marks(plan), tmp_path)
+    inputs = made.example("cpu", torch.float32, small=True)
+    made.launch(**inputs)
+    first, marked = inputs["marks"].clone(), inputs["marked"].clone()
+    inputs["k"].zero_()
+    made.launch(**inputs)
+    assert torch.equal(inputs["marks"], first) and torch.equal(inputs["marked"], marked)
+    assert bool((marked == (2 * 16 + 5 + 16 + 9) // 16).all())
+
+
+def test_rows_that_dropped_entries_are_found_by_position(tmp_path: Path) -> None:
+    """Units with holes, an empty one and one that lost an entry since it was marked."""
+    plan = quest(keep=WINDOW)
+    marks, units = (module(plan, spec, tmp_path) for spec in (listed_marks(plan), listed_units(plan, 0)))
+    inputs = marks.example("cpu", torch.float32, small=True)
+    for name in ("k_new", "new", "peek"):
+        del inputs[name]
+    for lost in ([3, 4, 5], [3, 4, 5, *range(16, 32)], [0, 3, 4, 5, *range(16, 32)]):
+        left = [p for p in range(37) if p not in lost]
+        for row in range(4):
+            at = inputs["table"][row, torch.arange(37) // 16].long() * 16 + torch.arange(37) % 16
+            keys = torch.randn(37, 64, generator=torch.Generator().manual_seed(row))
+            inputs["length"][row] = len(left)
+            inputs["k"][at[: len(left)]], inputs["pos"][at[: len(left)]] = keys[left], torch.tensor(left).int()
+        assert not unequal(marks, inputs)
+        asked = units.example("cpu", torch.float32, small=True)
+        asked |= {name: inputs[name] for name in ("pos", "table", "length", "marks", "edges", "layer", "readers")}
+        asked["now"][:], asked["counts"][:] = 37, 1
+        found = units.launch(**asked)
+        for row in range(4):
+            spans = found["spans"][:, row, : int(found["total"][row])].T.tolist()
+            last = [span for span in spans if span[2] == -1]
+            assert [left[e] for first, end, _ in last for e in range(first, end)] == list(range(32, 37))
+            chosen = [span for span in spans if span[2] != -1]
+            assert all(end > first for first, end, _ in chosen), "an empty unit was chosen"
+            assert sum(bin(bits).count("1") for *_, bits in chosen) == 2, "each query head takes one page"
+
+
+POLICIES = {
+    "quest": """
+policy p(page=4, budget=8):
+    unit page(page) with lo = min[i] k, hi = max[i] k
+    score s = sum[d] max(q * lo, q * hi)
+    layers 1..last: attend newest page | top(budget / page) pages by s per query_head
+    at step
+""",
+    "blocks of one head, a window of the other": """
+policy p(n=2):
+    unit kernel(8, stride=4) with c = mean[i] k
+    unit block(8)
+    score s = sum[g] softmax[u] dot(q, c)
+    attend sink(3) | recent(6) | top(n) blocks by s per head
+    at step
+""",
+    "powers": """
+policy p(size=4, n_sink=2, window=6):
+    unit block(size)
+    attend sink(n_sink) | recent(window) | pow2 block
+    at step
+""",
+    "pages of what is kept": """
+policy p(page=4, budget=8):
+    unit page(page) with lo = min[i] k, hi = max[i] k
+    score s = sum[d] max(q * lo, q * hi)
+    attend newest page | top(budget / page) pages by s per query_head
+    at step
+    keep sink(3) | recent(17)
+    at prefill.end, step
+""",
+}
+TURNS = [tokens(41, seed=1), *one_by_one(tokens(4, seed=2)), tokens(7, seed=3), *one_by_one(tokens(3, seed=4))]
+OFTEN = ("quest", "pages of what is kept")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in POLICIES]
+)
+def test_steps_of_a_model_are_those_of_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("KVC_CACHE", str(tmp_path))
+    model = random_model("llama64", num_hidden_layers=2)
+    kvcompile.optimize(model, POLICIES[name], backend="reference", compile="off")
+    truth = drive(model, *TURNS)
+    kvcompile.restore(model)
+    kvcompile.optimize(model, POLICIES[name], backend="triton", compile="off")
+    with fallbacks() as taken:
+        found = drive(model, *TURNS)
+    for i, (ours, theirs) in enumerate(zip(found, truth, strict=True)):
+        assert ours.kept == theirs.kept, f"kept positions after call {i}"
+        assert torch.allclose(ours.logits, theirs.logits, rtol=1e-5, atol=1e-4), f"logits of call {i}"
+    assert "decode" not in taken
