@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from kvcompile.kernels import defaults, reach
-from kvcompile.kernels.choose_reads import marks_spec, spans_spec, units_spec
+from kvcompile.kernels import defaults
+from kvcompile.kernels.choose_reads import blocks_spec, marks_spec, spans_spec, units_spec
 from kvcompile.kernels.contexts import context
 from kvcompile.kernels.marks import layout_of, size_of
-from kvcompile.kernels.plan import PolicyPlan, ReadRule
+from kvcompile.kernels.plan import PolicyPlan, ReadRule, Region
 from kvcompile.kernels.spec import Fact, Hole, KernelSpec, power_of_two
 from kvcompile.kernels.stages import Unprintable
 
 BLOCK = 64  # entries of a span where a step chooses nothing
+TILE = 64  # entries that the queries of a tile read together
 Make = Callable[[], KernelSpec]
 
 
 def listed_marks(plan: PolicyPlan) -> KernelSpec:
     """Landmarks of all kinds of units."""
-    reach.pools(plan)
     spec, width = marks_spec(plan), plan.facts.head_dim
     order = [
         f"{kind.unit.name}.{name}:{size_of(expr, width)}" for kind in layout_of(plan).kinds for name, expr in kind.landmarks
@@ -46,12 +46,142 @@ def listed_decode(plan: PolicyPlan) -> KernelSpec:
     for read in range(len(plan.reads)):
         own = dict(listed_units(plan, read).holes)
         holes[f"regions {read}"] = str(own["regions"])
-        holes["counts"] = "\n".join(sorted({*str(holes.get("counts", "")).split("\n"), *str(own["counts"]).split("\n")} - {""}))
+        holes["counts"] = _lines(str(holes.get("counts", "")), str(own["counts"]))
     spec, group = spans_spec(plan), plan.facts.group
     if group > 31:
         raise Unprintable("more than 31 query heads on one KV head have no list of their own on Triton")
     facts = {"span": span_of(plan), "group_pad": max(16, power_of_two(group)), "logits": "none"} | defaults.spans(plan.facts)
     return _with(replace(spec, holes=tuple(sorted({**dict(spec.holes), **holes}.items()))), **facts)
+
+
+def listed_piece(plan: PolicyPlan, read: int) -> KernelSpec:
+    """What the queries of a prompt's piece choose by a read, and which tiles of entries they read."""
+    rule = in_pieces(plan, read)
+    spec = units_spec(plan, read, rule)
+    if spec.fact("picked"):
+        raise Unprintable("entries that were picked before have no Triton form yet")
+    terms = plan.reads[read].rules[rule].terms
+    regions = [term for term in terms if isinstance(term, Region)]
+    holes: dict[str, Hole] = {**dict(spec.holes), "may": " | ".join(reached(plan, r) for r in regions) or "(lo < 0)"}
+    facts: dict[str, Fact] = {"tile": TILE, "drops": _drops(plan, read), "powers": False}
+    if dict(spec.holes).get("score") is not None:
+        holes |= dict(zip(("before", "behind"), bounds(plan, regions, spec.number("size")), strict=True))
+        facts["powers"] = any(r.kind == "pow2" for r in regions)
+    made = KernelSpec.of("chosen", holes, spec.tag, **{**dict(spec.facts), **facts, **defaults.chosen(plan.facts)})
+    context(made)
+    return made
+
+
+def listed_blocks(plan: PolicyPlan) -> KernelSpec:
+    """Attention of a piece whose queries read lists of tiles, each what it has chosen of them."""
+    holes: dict[str, Hole] = {}
+    chooses, kinds = [], set()
+    for read in _reads_in_pieces(plan):
+        own = listed_piece(plan, read)
+        holes[f"regions {read}"] = str(dict(own.holes)["regions"])
+        holes["counts"] = _lines(str(holes.get("counts", "")), str(dict(own.holes)["counts"]))
+        if "score" in dict(own.holes):
+            chooses.append(read)
+            kinds.add((own.number("size"), own.number("sets")))
+    if len(kinds) > 1:
+        raise Unprintable("units of several sizes, or choices of heads and of query heads, in one piece have no Triton form yet")
+    size, sets = kinds.pop() if kinds else (1, 1)
+    spec = blocks_spec(plan)
+    facts: dict[str, Fact] = {"tile": TILE, "size": size, "sets": sets, "chooses": " ".join(map(str, chooses))}
+    spec = replace(spec, holes=tuple(sorted({**dict(spec.holes), **holes}.items())))
+    return _with(spec, **facts, **defaults.prefill(plan.facts))
+
+
+def _reads_in_pieces(plan: PolicyPlan) -> list[int]:
+    """Reads that narrow what a piece of a prompt reads."""
+    found = []
+    for index, read in enumerate(plan.reads):
+        if any(_fires_in_pieces(rule) for rule in read.rules):
+            found.append(index)
+    if not found:
+        raise Unprintable("no read of a piece is narrowed")
+    return found
+
+
+def _fires_in_pieces(rule: ReadRule) -> bool:
+    return rule.pick is None and (not rule.triggers or any(t.kind in ("chunk", "prefill.end") for t in rule.triggers))
+
+
+def in_pieces(plan: PolicyPlan, read: int) -> int:
+    """Which rule of a read says what the queries of a prompt's piece read."""
+    found = [i for i, rule in enumerate(plan.reads[read].rules) if _fires_in_pieces(rule)]
+    if len(found) != 1:
+        raise Unprintable("several sets of one read in prompts have no Triton form yet")
+    return found[0]
+
+
+def reached(plan: PolicyPlan, region: Region) -> str:
+    """Whether queries at q0 to q1 may read, by a region, an entry at lo to hi: never false where one does."""
+    n = f"n{region.count}"
+    match region.kind:
+        case "all":
+            return "(lo >= 0)"
+        case "sink":
+            return f"(lo < {n})"
+        case "recent":
+            return f"(hi > q0 - {n})"
+        case "prompt":
+            return "(lo < at_prompt)"
+        case "generated":
+            return "(hi >= at_prompt)"
+        case "stride":
+            return f"(({n} > 0) & (hi // tl.maximum({n}, 1) * {n} >= lo))"
+        case "own" | "newest" | "pow2":
+            unit = plan.unit(region.unit or "")
+            first, last, old, new = (f"unit_of({x}, {unit.size}, {unit.offset})" for x in ("q0", "q1", "lo", "hi"))
+            if region.kind != "pow2":
+                return f"(({new} >= {first}) & ({old} <= {last}))"
+            return f"power_within({first} - {new}, {last} - {old})"
+        case other:
+            raise Unprintable(f"the region {other} in a piece has no Triton form yet")
+
+
+def bounds(plan: PolicyPlan, regions: list[Region], size: int) -> tuple[str, str]:
+    """Where the oldest entries that regions take end, and where the newest begin, for the query at `at_now`.
+
+    So that a unit has an entry to choose by wherever some of its positions lies between; what regions of other kinds
+    take has to be whole units of `size`.
+    """
+    before, behind = ["0"], []
+    for region in regions:
+        match region.kind:
+            case "sink":
+                before.append(f"n{region.count}")
+            case "prompt":
+                before.append("at_prompt")
+            case "recent":
+                behind.append(f"(at_now - n{region.count} + 1)")
+            case "generated":
+                behind.append("at_prompt")
+            case "own" | "newest":
+                unit = plan.unit(region.unit or "")
+                if (unit.size, unit.offset) != (size, 0):
+                    behind.append(f"(unit_of(at_now, {unit.size}, {unit.offset}) * {unit.size} + {unit.offset})")
+            case "pow2" if (plan.unit(region.unit or "").size, plan.unit(region.unit or "").offset) == (size, 0):
+                pass
+            case other:
+                raise Unprintable(f"a choice beside the region {other} in a piece has no Triton form yet")
+    joined = before[0]
+    for text in before[1:]:
+        joined = text if joined == "0" else f"tl.maximum({joined}, {text})"
+    return joined, _least(behind)
+
+
+def _least(texts: list[str]) -> str:
+    joined = texts[0] if texts else ""
+    for text in texts[1:]:
+        joined = f"tl.minimum({joined}, {text})"
+    return joined
+
+
+def _lines(*texts: str) -> str:
+    """The lines of several texts, each once, sorted."""
+    return "\n".join(sorted({line for text in texts for line in text.split("\n")} - {""}))
 
 
 def span_of(plan: PolicyPlan) -> int:
@@ -72,6 +202,11 @@ def places(plan: PolicyPlan) -> Iterator[tuple[str, Make]]:
     for index, read in enumerate(plan.reads):
         yield f"{read.name}, attend in a step", lambda i=index: listed_units(plan, i)  # type: ignore[misc]
     yield "narrowed decode", lambda: listed_decode(plan)
+    for index, read in enumerate(plan.reads):
+        if any(_fires_in_pieces(rule) for rule in read.rules):
+            yield f"{read.name}, prefill attention", lambda i=index: listed_piece(plan, i)  # type: ignore[misc]
+    if any(_fires_in_pieces(rule) for read in plan.reads for rule in read.rules):
+        yield "narrowed prefill attention", lambda: listed_blocks(plan)
 
 
 def listed_specs(plan: PolicyPlan) -> tuple[KernelSpec, ...]:

@@ -67,6 +67,8 @@ def spans_spec(plan: PolicyPlan) -> KernelSpec:
     """A step whose heads read lists of their rows' entries, or all of them: append and attend."""
     _plain_reads(plan)
     reach.after_reads(plan)
+    if any(read.holds for read in plan.reads):
+        raise Unprintable("steps that go on with the set of an earlier forward have no kernel yet")
     if any(state.add is not None for state in plan.states):
         raise Unprintable("states that grow by what a narrowed step reads have no kernel yet")
     holes: dict[str, Hole] = {f"init {state.name}": reach.formula(state.init) for state in plan.states}
@@ -88,7 +90,7 @@ def grain_of(plan: PolicyPlan, rule: ReadRule) -> int:
     sizes = [plan.unit(t.whole).size for t in rule.selections if t.whole is not None]
     sizes += [plan.unit(t.unit).size for t in rule.terms if isinstance(t, Region) and t.unit is not None]
     least, most = GRAIN
-    whole = min(sizes, default=most) // least * least
+    whole = min(sizes, default=64) // least * least
     return max(least, min(most, whole))
 
 
@@ -146,8 +148,6 @@ def _refuse(plan: PolicyPlan, read: int, rule: ReadRule) -> None:
     _plain_reads(plan)
     if rule.pick is not None:
         raise Unprintable("a choice for later layers has no kernel yet")
-    if plan.reads[read].holds:
-        raise Unprintable("a set that later steps go on with has no kernel yet")
     if any(trigger.cond is not None for trigger in rule.triggers):
         raise Unprintable("triggers with a condition have no kernel yet")
     for term in rule.terms:

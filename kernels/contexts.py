@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcompile.kernels import contexts_reads
+from kvcompile.kernels import contexts_pieces, contexts_reads
 from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import TORCH, TRITON, Axis, extreme_of
@@ -122,6 +122,7 @@ def _prefill(spec: KernelSpec) -> Context:
         "group_pad": power_of_two(spec.number("group")),
         "whole_mask": ", mask=real_d, other=0.0" if padded(size) != size else "",
         "listed": dict(spec.facts).get("listed", 0),
+        "reads": contexts_pieces.blocks(spec) if spec.template == "blocks" else None,
         "cap": "cap, " if softcap else "",
         "times_scale": "" if softcap else " * scale",  # softened logits have it already
     }
@@ -299,4 +300,6 @@ _CONTEXTS = {
     "marks": contexts_reads.marks,
     "units": contexts_reads.units,
     "spans": _decode,
+    "chosen": contexts_pieces.chosen,
+    "blocks": _prefill,
 }

@@ -194,7 +194,7 @@ def made_of_own(spec: KernelSpec) -> str:
     return f"in_own(at, at_now, {facts.get('size')}, {facts.get('offset')})"
 
 
-def _stages(score: Expr) -> tuple[Expr, bool, Expr, Expr | None]:
+def stages_of(score: Expr) -> tuple[Expr, bool, Expr, Expr | None]:
     """What a unit is by itself, whether its softmax follows, a formula of that, and of what regrouping makes of it."""
     cut = cut_units(score)
     sums = [Expr("reduce", (part,), ("sum", "d")) for part in cut.parts]
@@ -222,7 +222,7 @@ _ORDERS = ([], ["map"], ["regroup"], ["map", "regroup"], ["regroup", "map"], ["m
 
 def _scored(spec: KernelSpec, score: Expr, made: Context) -> Context:
     size, group, pad = spec.number("head_dim"), spec.number("group"), made["group_pad"]
-    each_of, soft, whole_of, outer_of = _stages(score)
+    each_of, soft, whole_of, outer_of = stages_of(score)
     drops = bool(spec.fact("drops"))
     places = [told.split(":") for told in str(spec.fact("landmarks")).split()]
     asked = {words_of(n)[1] for n in each_of.walk() if n.op == "landmark"}

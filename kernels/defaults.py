@@ -70,3 +70,8 @@ def units(facts: ModelFacts) -> Facts:
     """A tile of products [units, query heads, channels] stands in registers, in float32."""
     of_unit = power_of_two(facts.group) * power_of_two(facts.head_dim)
     return {"block_n": max(1, min(64, 8192 // of_unit)), "warps": 8}
+
+
+def chosen(facts: ModelFacts) -> Facts:
+    """A tile of scores is [64 queries and query heads, block_n units]."""
+    return {"block_n": 32, "warps": 8}

@@ -229,6 +229,8 @@ def _check_layer(layer: int, layers: int) -> None:
 @contextmanager
 def _named(plan: PolicyPlan, layer: int, phase: str, to: str) -> Iterator[None]:
     """What cannot be lowered, whoever found out, as one error that says what it is."""
+    if layer in plan.off:
+        raise KvCompileError(f"policy {plan.name}: layer {layer} is off, so it has no attention to export")
     try:
         yield
     except NotFunctional as error:

@@ -127,7 +127,7 @@ def _after_last_layer(plan: PolicyPlan, call: Call, scale: float, mode: FakeTens
     tail = gathered_evictions(plan, call.site, scale, len(Site._fields))
     if tail is None:
         return []
-    stores = [(index, name, t) for index, site in enumerate(call.sites) for name, t in site._asdict().items()]
+    stores = [(index, name, t) for index in plan.live for name, t in call.sites[index]._asdict().items()]
     inputs = []
     for node, (index, name, tensor) in zip(tail.graph.find_nodes(op="placeholder"), stores, strict=True):
         node.meta["val"] = mode.from_tensor(tensor)

@@ -26,6 +26,7 @@ from kvcompile.kernels import ops
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import ModelFacts
+from kvcompile.kernels.spans import span_names
 from kvcompile.limits import Limit
 from kvcompile.passes import Compiled, compile_policy
 from kvcompile.passes.open_anchors import gathered_evictions
@@ -269,6 +270,11 @@ def _refuse_policy(compiled: Compiled) -> None:
         raise KvCompileError(
             f"policy {compiled.plan.name!r} takes out the attention of whole layers (`off`), which needs a "
             "transformers model: in a graph nothing tells which part of a layer is its attention"
+        )
+    if span_names(compiled.plan):
+        raise KvCompileError(
+            f"policy {compiled.plan.name!r} reads by stretches of a prompt (`span`), which come with a call of a "
+            "transformers model"
         )
     if compiled.plan.rotates:
         raise KvCompileError(

@@ -230,8 +230,6 @@ def _firing(
 ) -> _Rule | str | None:
     """The rule of a read that every sequence of this forward goes by; None: they read all; or `_SLOW`."""
     plan = kernels.plan
-    if plan.reads[read].holds:
-        return _SLOW
     line = sum(len(other.rules) for other in plan.reads[:read])
     lines = fires_of[line : line + len(plan.reads[read].rules)]
     found: list[int] = []

@@ -142,6 +142,8 @@ def mixed(
             f"policy {plan.name!r} renumbers positions, so keys differ between the two sets: learn its heads with "
             "`positions original`"
         )
+    if plan.off:
+        raise KvCompileError(f"policy {plan.name} has layers that are off, under which heads cannot be learned yet")
     has = {
         "sliding windows": any(plan.facts.windows),
         "soft-capped logits": plan.facts.softcap,

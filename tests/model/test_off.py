@@ -19,6 +19,7 @@ from kvcompile.store import PagedStore
 from tests.driving import call, padded, same
 from tests.families import FAMILIES, family_model, prompt
 from tests.models import random_model, tokens
+from tests.plain_models import llama
 
 QUICK = ("llama", "gemma2", "phi", "stablelm", "gpt_neox", "glm4", "olmo2", "opt", "gpt2", "cohere")
 STEPS = 4
@@ -213,6 +214,12 @@ def test_tokens_can_be_taken_back():
     call(model, torch.tensor([[5]]), cache)
     cache.crop(-1)
     same(call(model, torch.tensor([[7]]), cache)[0].logits, truth.logits, "cropped")
+
+
+@pytest.mark.parametrize("policy", ["layers 1: off", 'attend span("self")'])
+def test_a_plain_pytorch_model_is_refused(policy):
+    with pytest.raises(kvcompile.KvCompileError, match="transformers model"):
+        kvcompile.optimize(llama(layers=2), f"policy part():\n    {policy}\n", backend="cpu", positions="positions")
 
 
 def test_restore_brings_everything_back():

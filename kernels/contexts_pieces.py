@@ -1,0 +1,147 @@
+"""What the template of choices in a prompt's piece is filled with: scores of units as products of tiles.
+
+Takes a `KernelSpec` of `chosen`, gives the names that its template reads. A tile has axes q, g and u: queries, query heads
+of one KV head, units.
+"""
+
+from __future__ import annotations
+
+from kvcompile.kernels.contexts_reads import Context, counts_of, in_torch, print_stage, safe, stages_of, units
+from kvcompile.kernels.holes import Hole, spell
+from kvcompile.kernels.plan import Expr, words_of
+from kvcompile.kernels.printers import Axis, Value
+from kvcompile.kernels.signatures import padded
+from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.stages import Unprintable
+from kvcompile.kernels.unit_scores import cut_units
+
+LINES = 64  # queries and query heads of a tile of scores
+
+
+def chosen(spec: KernelSpec) -> Context:
+    """Names of the template `chosen`: those of `units`, with scores as products of tiles."""
+    made, texts = units(spec), {name: str(hole) for name, hole in spec.holes if isinstance(hole, str)}
+    pad = made["group_pad"]
+    made |= {"may": safe(texts["may"]), "before": "0", "behind": "", "powers": False, "heads": 1, "dots": []}
+    score = dict(spec.holes).get("score")
+    if score is None:
+        return made
+    assert isinstance(score, Expr)
+    if spec.fact("drops"):
+        raise Unprintable("a choice among units of rows that drop entries has no Triton form in a piece yet")
+    cut = cut_units(score)
+    places = [told.split(":") for told in str(spec.fact("landmarks")).split()]
+    asked = {words_of(n)[1] for part in cut.parts for n in part.walk() if n.op == "landmark"}
+    queries = max(1, LINES // pad)
+    dots, parts = _products(spec, cut.parts)
+    axes = {"g": Axis("GROUP", "g_real" if pad > spec.number("group") else None)}
+    each, each_axes = print_stage("s", cut.first, lambda e: Value(f"part{e.value}", "qgu"), "qgu", axes)
+    grouped = "g" in each_axes
+
+    def of_row(name: str, formula: Expr, over: str) -> tuple[Hole, str]:
+        return print_stage(name[0], formula, lambda _: Value(name, over), "qgu", axes)
+
+    _, soft, whole_of, outer_of = stages_of(score)
+    whole, final = of_row("unit_value", whole_of, each_axes)
+    whole_axes, outer = final, None
+    if outer_of is not None:
+        outer, final = of_row("other_value", outer_of, whole_axes)
+    return made | {
+        "each": each,
+        "grouped": grouped,
+        "marks_own": bool(spec.fact("own")),
+        "marks": [(name, int(at), spec.number("head_dim")) for name, at in places if name in asked],
+        "dots": dots,
+        "parts": parts,
+        "each_heads": pad if grouped else 1,
+        "whole_heads": pad if whole_axes == "qgu" else 1,
+        "heads": pad if final == "qgu" else 1,
+        "block_q": queries,
+        "block_s": max(32, min(1024, 8192 // (queries * pad))),
+        "whole_text": _piece_lines(whole, grouped, soft),
+        "whole_value": whole.result,
+        "outer": outer,
+        "outer_value": outer and outer.result,
+        "before": safe(texts["before"]),
+        "behind": safe(texts["behind"]),
+        "powers": bool(spec.fact("powers")),
+        # Units that a tile of entries meets, at most.
+        "meets": -(-spec.number("tile") // spec.number("size")) + 1,
+    }
+
+
+def _piece_lines(whole: Hole, grouped: bool, soft: bool) -> str:
+    rest = "float('-inf')" if soft else "0.0"
+    lines = ["raw_at = score_at + each[:, None] * score_units + u[None, :]"]
+    lines.append(f"unit_value = tl.load(raw_at, mask=u[None, :] < m_full[:, None], other={rest})")
+    if soft:
+        lines.append("unit_value = tl.exp(unit_value - peak[:, None]) / mass[:, None]")
+    if grouped:
+        lines.append("unit_value = tl.reshape(unit_value, [BLOCK_Q, GROUP_PAD, BLOCK])")
+    return "\n".join([*lines, *whole.lines])
+
+
+def _products(spec: KernelSpec, parts: tuple[Expr, ...]) -> tuple[list[Context], list[str]]:
+    """Sums over channels as products of tiles: of something of the queries with something of the landmarks each."""
+    dots: list[Context] = []
+    known: dict[Expr, str] = {}
+    own, single = bool(spec.fact("own")), spec.fact("dtype") == "float32"
+    size = spec.number("head_dim")
+    axes = {"d": Axis("D", "real" if padded(size) > size else None)}
+
+    def leaf(expr: Expr) -> Value:
+        return Value("qt", "ld") if expr.op == "queries" else Value(f"mark_{words_of(expr)[1]}", "ud")
+
+    def product(a: Expr, b: Expr) -> str:
+        pair = Expr("binary", (a, b), "*")
+        if pair not in known:
+            name = f"dot{len(dots)}"
+            q, _ = print_stage(f"{name}q", a, leaf, "ld", axes)
+            mark, _ = print_stage(f"{name}m", b, leaf, "ud", axes)
+            as_kept = own and b.op == "landmark" and _keeps_bits(a)
+            cast = ".to(q.dtype.element_ty)" if as_kept and not single else ""
+            if own and not as_kept and not single:
+                raise Unprintable(f"the product of {spell(a)} and {spell(b)} has no Triton form in a piece yet")
+            precision = "ieee" if single or as_kept else "tf32x3"
+            dots.append({"name": name, "q": q, "mark": mark, "cast": cast, "precision": precision})
+            known[pair] = name
+        return known[pair]
+
+    def text(part: Expr) -> str:
+        if part.op == "binary" and part.value in ("+", "-"):
+            return f"({text(part.args[0])} {part.value} {text(part.args[1])})"
+        if part.op == "unary" and part.value == "neg":
+            return f"(-{text(part.args[0])})"
+        if part.op == "binary" and part.value == "*":
+            for a, b in (part.args, part.args[::-1]):
+                if not _reads(a, "landmark") and not _reads(b, "queries") and _reads(b, "landmark"):
+                    return product(a, b)
+        raise Unprintable(f"sum[d] {spell(part)} has no Triton form in a piece yet")
+
+    return dots, [text(part) for part in parts]
+
+
+def _reads(expr: Expr, op: str) -> bool:
+    return any(node.op == op for node in expr.walk())
+
+
+def _keeps_bits(expr: Expr) -> bool:
+    """Whether the formula has, for a number of the model's dtype, one of that dtype."""
+    if expr.op == "queries" or (expr.op == "const" and expr.value == 0):
+        return True
+    extremes = (expr.op == "binary" and expr.value in ("min", "max")) or (expr.op == "unary" and expr.value == "neg")
+    return extremes and all(_keeps_bits(arg) for arg in expr.args)
+
+
+def blocks(spec: KernelSpec) -> Context:
+    """What the template `prefill` takes beside where heads read lists of tiles."""
+    texts = {name: str(hole) for name, hole in spec.holes if name.startswith("regions ")}
+    found = {int(name.split(" ")[1]): safe(text) for name, text in texts.items()}
+    regions = [{"read": read, "text": text, "torch": in_torch(text)} for read, text in sorted(found.items())]
+    return counts_of(str(dict(spec.holes).get("counts", ""))) | {
+        "regions": regions,
+        "tile": spec.number("tile"),
+        "size": spec.number("size"),
+        "sets": spec.number("sets"),
+        "chooses": [int(read) for read in str(spec.fact("chooses")).split()],
+    }
