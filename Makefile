@@ -26,7 +26,7 @@ bench: $(STAMPS)/dev  ## speed on the CPU, side by side, into benchmarks/results
 	@for script in attention_cpu decode_cpu language footprint; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 systems: $(STAMPS)/dev  ## the README's table of systems, from what the property tests show
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/model -k test_p --record-systems tests/systems.json
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/model -k test_p -m "(not slow or recorded) and not gpu" --record-systems tests/systems.json
 	@$(BIN)/python -m tests.systems_table --write
 
 models: $(STAMPS)/dev  ## the tables of docs/models.md, from what the property tests of model families show

@@ -33,13 +33,13 @@ def page(found: dict[str, Any], drawn: bool) -> str:
     claims = [(section["title"], claim) for section in found["sections"] for claim in section["claims"]]
     if claims:
         lines += ["", "| comparison | ratio | each round | asked for | holds |", "|---|---|---|---|---|"]
-        lines += [_claim(title, claim) for title, claim in claims]
+        lines += [claim_line(title, claim) for title, claim in claims]
     for section in found["sections"]:
-        lines += ["", f"## {section['title']}", "", *_table(section["rows"], section["base"])]
+        lines += ["", f"## {section['title']}", "", *table(section["rows"], section["base"])]
     return "\n".join(lines) + "\n"
 
 
-def _claim(title: str, claim: dict[str, Any]) -> str:
+def claim_line(title: str, claim: dict[str, Any]) -> str:
     what = f"{title}: {claim['ours']} / {claim['theirs']}"
     if claim["ratio"] is None:
         return f"| {what} | not measured | | at most {claim['limit']:.2f} | unknown |"
@@ -48,7 +48,7 @@ def _claim(title: str, claim: dict[str, Any]) -> str:
     return f"| {what} | {claim['ratio']:.3f} | {each} | at most {claim['limit']:.2f} | {holds} |"
 
 
-def _table(rows: dict[str, Any], base: str) -> list[str]:
+def table(rows: dict[str, Any], base: str) -> list[str]:
     """One line a contestant; times are also given as parts of the base's, where that ran."""
     whole = rows.get(base, {}).get("ms")
     speeds = any("gb_s" in row for row in rows.values())

@@ -29,7 +29,7 @@ def contestants(n: int, sink: int, window: int, sizes: tuple[int, int, int], dty
         run = _ours(q, k, v, sink, window, heads)
         like = dense if not heads else f"FlexAttention, {word} local"
         found.append(Contestant(f"kvcompile, {word} local", run, like=like, view=lambda out: out[0].transpose(0, 1)))
-    found.append(Contestant(dense, _dense(q, k, v), view=lambda out: out.reshape(q_heads, n, width)))
+    found.append(Contestant(dense, dense_causal(q, k, v), view=lambda out: out.reshape(q_heads, n, width)))
     for word, heads in local.items():
         like = dense if not heads else None
         run = _flex(q, k, v, sink, window, heads)
@@ -52,7 +52,7 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, sink: int, window: int, heads: int) -
     return run
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+def dense_causal(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     """Keys stand once for their group (a stride of 0), which reads less than enable_gqa does."""
     group = q.shape[1] // k.shape[1]
     asking = q[0].unflatten(0, (k.shape[1], group))

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from kvcompile.kernels import defaults
+from kvcompile.kernels.choose import decode_spec, unprintable
 from kvcompile.kernels.choose_reads import blocks_spec, marks_spec, spans_spec, units_spec
 from kvcompile.kernels.contexts import context
+from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.marks import layout_of, size_of
-from kvcompile.kernels.plan import PolicyPlan, ReadRule, Region
+from kvcompile.kernels.plan import STEP_TRIGGERS, Expr, PolicyPlan, ReadRule, Region, formulas_of
 from kvcompile.kernels.spec import Fact, Hole, KernelSpec, power_of_two
 from kvcompile.kernels.stages import Unprintable
 
@@ -26,7 +28,9 @@ def listed_marks(plan: PolicyPlan) -> KernelSpec:
     """Landmarks of all kinds of units."""
     spec, width = marks_spec(plan), plan.facts.head_dim
     order = [
-        f"{kind.unit.name}.{name}:{size_of(expr, width)}" for kind in layout_of(plan).kinds for name, expr in kind.landmarks
+        f"{kind.unit.name}.{name}:{size_of(expr, width)}"
+        for kind in layout_of(plan).kinds
+        for name, expr in kind.landmarks
     ]
     return _with(spec, marks=" ".join(order), **defaults.marks(plan.facts))
 
@@ -44,14 +48,25 @@ def listed_decode(plan: PolicyPlan) -> KernelSpec:
     """Decode attention whose heads read lists of spans, or all of their rows."""
     holes: dict[str, Hole] = {}
     for read in range(len(plan.reads)):
-        own = dict(listed_units(plan, read).holes)
-        holes[f"regions {read}"] = str(own["regions"])
-        holes["counts"] = _lines(str(holes.get("counts", "")), str(own["counts"]))
+        own = listed_units(plan, read)
+        holes[f"regions {read}"] = _entry_by_entry(own)
+        holes["counts"] = _lines(str(holes.get("counts", "")), str(dict(own.holes)["counts"]))
     spec, group = spans_spec(plan), plan.facts.group
+    if scores_steps(plan):
+        raise Unprintable("scores of narrowed reads have no Triton form yet")
     if group > 31:
         raise Unprintable("more than 31 query heads on one KV head have no list of their own on Triton")
-    facts = {"span": span_of(plan), "group_pad": max(16, power_of_two(group)), "logits": "none"} | defaults.spans(plan.facts)
-    return _with(replace(spec, holes=tuple(sorted({**dict(spec.holes), **holes}.items()))), **facts)
+    facts: dict[str, Fact] = {"span": span_of(plan), "group_pad": max(16, power_of_two(group)), "logits": "none"}
+    spec = replace(spec, holes=tuple(sorted({**dict(spec.holes), **holes}.items())))
+    return _with(spec, **facts, **defaults.spans(plan.facts))
+
+
+def _entry_by_entry(spec: KernelSpec) -> str:
+    """The regions that attention itself has to look at; beside a choice the query's own unit is read as it is."""
+    text = str(dict(spec.holes)["regions"])
+    if "score" in dict(spec.holes) and text == f"in_own(at, at_now, {spec.fact('size')}, {spec.fact('offset')})":
+        return "(at < 0)"
+    return text
 
 
 def listed_piece(plan: PolicyPlan, read: int) -> KernelSpec:
@@ -76,15 +91,17 @@ def listed_blocks(plan: PolicyPlan) -> KernelSpec:
     """Attention of a piece whose queries read lists of tiles, each what it has chosen of them."""
     holes: dict[str, Hole] = {}
     chooses, kinds = [], set()
-    for read in _reads_in_pieces(plan):
+    for read in reads_in_pieces(plan):
         own = listed_piece(plan, read)
-        holes[f"regions {read}"] = str(dict(own.holes)["regions"])
+        holes[f"regions {read}"] = _entry_by_entry(own)
         holes["counts"] = _lines(str(holes.get("counts", "")), str(dict(own.holes)["counts"]))
         if "score" in dict(own.holes):
             chooses.append(read)
             kinds.add((own.number("size"), own.number("sets")))
     if len(kinds) > 1:
-        raise Unprintable("units of several sizes, or choices of heads and of query heads, in one piece have no Triton form yet")
+        raise Unprintable(
+            "units of several sizes, or choices of heads and of query heads, in one piece have no Triton form yet"
+        )
     size, sets = kinds.pop() if kinds else (1, 1)
     spec = blocks_spec(plan)
     facts: dict[str, Fact] = {"tile": TILE, "size": size, "sets": sets, "chooses": " ".join(map(str, chooses))}
@@ -92,19 +109,18 @@ def listed_blocks(plan: PolicyPlan) -> KernelSpec:
     return _with(spec, **facts, **defaults.prefill(plan.facts))
 
 
-def _reads_in_pieces(plan: PolicyPlan) -> list[int]:
+def reads_in_pieces(plan: PolicyPlan) -> tuple[int, ...]:
     """Reads that narrow what a piece of a prompt reads."""
-    found = []
-    for index, read in enumerate(plan.reads):
-        if any(_fires_in_pieces(rule) for rule in read.rules):
-            found.append(index)
-    if not found:
-        raise Unprintable("no read of a piece is narrowed")
-    return found
+    return tuple(i for i, read in enumerate(plan.reads) if any(map(_fires_in_pieces, read.rules)))
 
 
 def _fires_in_pieces(rule: ReadRule) -> bool:
-    return rule.pick is None and (not rule.triggers or any(t.kind in ("chunk", "prefill.end") for t in rule.triggers))
+    return not rule.triggers or any(t.kind in ("chunk", "prefill.end", "when") for t in rule.triggers)
+
+
+def narrows_pieces(plan: PolicyPlan) -> bool:
+    """Whether some rule may fire in a prompt's piece: if none does, its queries read all."""
+    return any(_fires_in_pieces(rule) for read in plan.reads for rule in read.rules)
 
 
 def in_pieces(plan: PolicyPlan, read: int) -> int:
@@ -189,7 +205,9 @@ def span_of(plan: PolicyPlan) -> int:
     rules = [read.rules[_in_steps(plan, i)] for i, read in enumerate(plan.reads)]
     sizes = {plan.unit(t.whole).size for rule in rules for t in rule.selections if t.whole is not None}
     if len(sizes) > 1:
-        raise Unprintable(f"units of {' and '.join(map(str, sorted(sizes)))} tokens in one step have no Triton form yet")
+        raise Unprintable(
+            f"units of {' and '.join(map(str, sorted(sizes)))} tokens in one step have no Triton form yet"
+        )
     return sizes.pop() if sizes else BLOCK
 
 
@@ -198,15 +216,15 @@ def places(plan: PolicyPlan) -> Iterator[tuple[str, Make]]:
     if not plan.reads:
         return
     if layout_of(plan).count:
-        yield "landmarks", lambda: listed_marks(plan)
+        yield "landmarks, decode", lambda: listed_marks(plan)
     for index, read in enumerate(plan.reads):
-        yield f"{read.name}, attend in a step", lambda i=index: listed_units(plan, i)  # type: ignore[misc]
-    yield "narrowed decode", lambda: listed_decode(plan)
+        yield f"{read.name}, decode", lambda i=index: listed_units(plan, i)  # type: ignore[misc]
+    yield "decode", lambda: listed_decode(plan)
     for index, read in enumerate(plan.reads):
         if any(_fires_in_pieces(rule) for rule in read.rules):
             yield f"{read.name}, prefill attention", lambda i=index: listed_piece(plan, i)  # type: ignore[misc]
-    if any(_fires_in_pieces(rule) for read in plan.reads for rule in read.rules):
-        yield "narrowed prefill attention", lambda: listed_blocks(plan)
+    if narrows_pieces(plan):
+        yield "prefill attention", lambda: listed_blocks(plan)
 
 
 def listed_specs(plan: PolicyPlan) -> tuple[KernelSpec, ...]:
@@ -228,7 +246,34 @@ def unlisted(plan: PolicyPlan) -> tuple[str, ...]:
             make()
         except Unprintable as error:
             reasons[f"{place}: {error}"] = None
+    for cls in plan.classes:
+        if any(asks_narrowed(plan, formula) for formula in formulas_of(cls)):
+            reasons[f"class {cls.name}, prefill: scores of narrowed reads have no Triton form yet"] = None
+    for state in plan.states if narrows_pieces(plan) else ():
+        if state.add is not None:
+            reasons[f"state {state.name}, prefill: sums over narrowed reads have no Triton form yet"] = None
+    for cls in plan.classes if plan.reads and scores_steps(plan) else ():
+        if any(cls.fires_on(kind) for kind in STEP_TRIGGERS):
+            reasons[f"class {cls.name}, after a step: scores of narrowed reads have no Triton form yet"] = None
     return tuple(reasons)
+
+
+def asks_narrowed(plan: PolicyPlan, score: Expr) -> bool:
+    """Whether a score of a prompt's piece asks for attention of queries that do not read all."""
+    return narrows_pieces(plan) and any(source.kind in ("forward", "sample") for source in sources_of([score]))
+
+
+def without_triton(plan: PolicyPlan) -> tuple[str, ...]:
+    """All of a plan that has no Triton form, reads among it, each with its place and reason."""
+    return tuple(dict.fromkeys((*unprintable(plan), *unlisted(plan))))
+
+
+def scores_steps(plan: PolicyPlan) -> bool:
+    """Whether a class judges by what a step's own query says, which a read of spans does not leave."""
+    try:
+        return "score" in dict(decode_spec(plan).holes)
+    except Unprintable:
+        return False
 
 
 def _in_steps(plan: PolicyPlan, read: int) -> int:

@@ -1,4 +1,4 @@
-"""Which kernels a policy's reads need: landmarks, the choice of units, reads of lists in a step and of blocks in a piece.
+"""Which kernels a policy's reads need: landmarks, choices of units, reads of lists in a step, of blocks in a piece.
 
 Takes a `PolicyPlan`, gives `KernelSpec`s, the same for every target. Guarantees: what has no form raises `Unprintable`
 and is listed by `slow_reads` with its place and reason; nothing is left out silently.

@@ -63,7 +63,8 @@ def _decode(spec: KernelSpec) -> Context:
     torch_holes = [step_hole(name, formulas[f"add {name}"], states.index(name), TORCH) for name in grown]
     nears = counts_near(spec)
     narrowed = spec.template == "spans"
-    lists = contexts_reads.spans(spec) if narrowed else {"spans": 0, "regions": [], "read_says": ()}
+    lists: Context = {"spans": 0, "regions": [], "read_says": ()}
+    lists = contexts_reads.spans(spec) if narrowed else lists
     return lists | {
         "work": "work" if narrowed else "old",
         "formulas": tuple(

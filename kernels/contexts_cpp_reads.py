@@ -38,7 +38,8 @@ class _Over:
 
 def marks(spec: KernelSpec) -> Context:
     """templates/marks.cpp.jinja."""
-    formulas, kinds = expressions(spec), []
+    formulas = expressions(spec)
+    kinds: list[dict[str, Any]] = []
     for told in str(spec.fact("kinds")).split():
         name, *numbers = told.split(":")
         size, stride, offset, each, first, edge, channels = map(int, numbers)
@@ -69,8 +70,10 @@ def _landmark(name: str, formula: Expr, index: int, head_dim: int) -> dict[str, 
     leaves = {("tile", str(i)): f"over{i}" for i in range(len(parts))}
     hole = print_hole("mark", rest, leaves, layout="i", dialect=CPP)
     uses = frozenset[str]().union(*(part.uses for part in parts))
-    return {"name": name, "says": spell(formula), "parts": parts, "lines": hole.lines, "result": f"F{{}} + {hole.result}",
-            "uses": uses, "at": index * head_dim}  # fmt: skip
+    return {
+        "name": name, "says": spell(formula), "parts": parts, "lines": hole.lines, "result": f"F{{}} + {hole.result}",
+        "uses": uses, "at": index * head_dim,
+    }  # fmt: skip
 
 
 def _swapped(expr: Expr, old: Expr, new: Expr) -> Expr:
@@ -85,7 +88,7 @@ def units(spec: KernelSpec) -> Context:
     counts = [line.split(" ", 1) for line in str(dict(spec.holes)["counts"]).split("\n") if line]
     score = expressions(spec).get("score")
     made: Context = {
-        "formulas": (("read", regions),) + tuple((f"n{index}", says) for index, says in counts),
+        "formulas": (("read", regions), *((f"n{index}", says) for index, says in counts)),
         "regions": regions,
         "region": re.sub(r"at % (n\d+) == 0", r"multiples(at, \1)", regions),
         "counts": [(int(index), says) for index, says in counts],
@@ -95,6 +98,8 @@ def units(spec: KernelSpec) -> Context:
     if score is None:
         return made
     made["formulas"] += (("score", spell(score)),)
+    own = f"in_own(at, at_now, {spec.fact('size')}, {spec.fact('offset')})"
+    made["untaken"] = set(regions.split(" | ")) <= {own, "(at < 0)"}  # regions that reach into no full unit
     made["fraction"] = [int(x) for x in str(spec.fact("fraction")).split("/")]
     return made | _score(spec, score)
 
@@ -112,7 +117,7 @@ def _score(spec: KernelSpec, score: Expr) -> Context:
         asked.append(_told(hole, True) | {"says": spell(node)})
     names = [f"asked{i}" for i in range(len(wanted))]
     leaves = {("tile", name): name for name in [*names, *(f"m_{name}" for name, _ in known)]}
-    parts = []
+    parts: list[dict[str, Any]] = []
     for i, part in enumerate(cut.parts):
         terms = [_printed(f"p{i}_{j}", _leafed(term, wanted), leaves, names) for j, term in enumerate(_terms(part))]
         own = [leaves_heads(term) for term in _terms(part)]

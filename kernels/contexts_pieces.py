@@ -1,7 +1,7 @@
-"""What the template of choices in a prompt's piece is filled with: scores of units as products of tiles.
+"""What the templates of reads in a prompt's piece are filled with: scores of units as products of tiles, regions.
 
-Takes a `KernelSpec` of `chosen`, gives the names that its template reads. A tile has axes q, g and u: queries, query heads
-of one KV head, units.
+Takes a `KernelSpec` of `chosen` or `blocks`, gives the names that its template reads. A tile of scores has axes q, g
+and u: queries, query heads of one KV head, units.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from kvcompile.kernels.signatures import padded
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.stages import Unprintable
 from kvcompile.kernels.unit_scores import cut_units
-
-LINES = 64  # queries and query heads of a tile of scores
 
 
 def chosen(spec: KernelSpec) -> Context:
@@ -32,10 +30,11 @@ def chosen(spec: KernelSpec) -> Context:
     cut = cut_units(score)
     places = [told.split(":") for told in str(spec.fact("landmarks")).split()]
     asked = {words_of(n)[1] for part in cut.parts for n in part.walk() if n.op == "landmark"}
-    queries = max(1, LINES // pad)
-    dots, parts = _products(spec, cut.parts)
+    queries = max(1, spec.number("block_m") // pad)
+    first, sums = (cut.first, cut.parts) if spec.fact("own") else _joined(cut.first, cut.parts)
+    dots, parts = _products(spec, sums)
     axes = {"g": Axis("GROUP", "g_real" if pad > spec.number("group") else None)}
-    each, each_axes = print_stage("s", cut.first, lambda e: Value(f"part{e.value}", "qgu"), "qgu", axes)
+    each, each_axes = print_stage("s", first, lambda e: Value(f"part{e.value}", "qgu"), "qgu", axes)
     grouped = "g" in each_axes
 
     def of_row(name: str, formula: Expr, over: str) -> tuple[Hole, str]:
@@ -57,7 +56,7 @@ def chosen(spec: KernelSpec) -> Context:
         "whole_heads": pad if whole_axes == "qgu" else 1,
         "heads": pad if final == "qgu" else 1,
         "block_q": queries,
-        "block_s": max(32, min(1024, 8192 // (queries * pad))),
+        "block_s": max(32, min(1024, 2048 // (queries * pad))),
         "whole_text": _piece_lines(whole, grouped, soft),
         "whole_value": whole.result,
         "outer": outer,
@@ -79,6 +78,40 @@ def _piece_lines(whole: Hole, grouped: bool, soft: bool) -> str:
     if grouped:
         lines.append("unit_value = tl.reshape(unit_value, [BLOCK_Q, GROUP_PAD, BLOCK])")
     return "\n".join([*lines, *whole.lines])
+
+
+def _joined(first: Expr, parts: tuple[Expr, ...]) -> tuple[Expr, tuple[Expr, ...]]:
+    """Sums of products with one thing of the queries as one product: dot(q, a) + dot(q, b) as dot(q, a + b)."""
+    made = list(parts)
+
+    def visit(expr: Expr) -> Expr:
+        args = tuple(visit(arg) for arg in expr.args)
+        if expr.op == "binary" and expr.value in ("+", "-") and all(arg.op == "tile" for arg in args):
+            factors = [_factors(made[int(str(arg.value))]) for arg in args]
+            left, right = factors
+            if left is not None and right is not None and left[0] == right[0]:
+                made.append(Expr("binary", (left[0], Expr("binary", (left[1], right[1]), expr.value)), "*"))
+                return Expr("tile", (), len(made) - 1)
+        return Expr(expr.op, args, expr.value, expr.axes)
+
+    joined = visit(first)
+    asked = sorted({int(str(node.value)) for node in joined.walk() if node.op == "tile"})
+    return _renumbered(joined, asked), tuple(made[i] for i in asked)
+
+
+def _renumbered(expr: Expr, asked: list[int]) -> Expr:
+    if expr.op == "tile":
+        return Expr("tile", (), asked.index(int(str(expr.value))))
+    return Expr(expr.op, tuple(_renumbered(arg, asked) for arg in expr.args), expr.value, expr.axes)
+
+
+def _factors(part: Expr) -> tuple[Expr, Expr] | None:
+    """A product as (of the queries, of the landmarks)."""
+    if part.op == "binary" and part.value == "*":
+        for a, b in (part.args, part.args[::-1]):
+            if not _reads(a, "landmark") and not _reads(b, "queries") and _reads(b, "landmark"):
+                return a, b
+    return None
 
 
 def _products(spec: KernelSpec, parts: tuple[Expr, ...]) -> tuple[list[Context], list[str]]:
@@ -112,10 +145,9 @@ def _products(spec: KernelSpec, parts: tuple[Expr, ...]) -> tuple[list[Context],
             return f"({text(part.args[0])} {part.value} {text(part.args[1])})"
         if part.op == "unary" and part.value == "neg":
             return f"(-{text(part.args[0])})"
-        if part.op == "binary" and part.value == "*":
-            for a, b in (part.args, part.args[::-1]):
-                if not _reads(a, "landmark") and not _reads(b, "queries") and _reads(b, "landmark"):
-                    return product(a, b)
+        factors = _factors(part)
+        if factors is not None:
+            return product(*factors)
         raise Unprintable(f"sum[d] {spell(part)} has no Triton form in a piece yet")
 
     return dots, [text(part) for part in parts]
@@ -138,8 +170,13 @@ def blocks(spec: KernelSpec) -> Context:
     texts = {name: str(hole) for name, hole in spec.holes if name.startswith("regions ")}
     found = {int(name.split(" ")[1]): safe(text) for name, text in texts.items()}
     regions = [{"read": read, "text": text, "torch": in_torch(text)} for read, text in sorted(found.items())]
-    return counts_of(str(dict(spec.holes).get("counts", ""))) | {
+    made = counts_of(str(dict(spec.holes).get("counts", "")))
+    named = [region for region in regions if region["text"] != "(at < 0)"]
+    prompts = ["at_prompt"] if any("at_prompt" in str(region["text"]) for region in named) else []
+    return made | {
         "regions": regions,
+        "named": named,
+        "names": prompts + [f"n{index}" for index, _ in made["counts"]],
         "tile": spec.number("tile"),
         "size": spec.number("size"),
         "sets": spec.number("sets"),

@@ -61,13 +61,13 @@ _FOLDS = {
 def marks(spec: KernelSpec) -> Context:
     """Names of the template `marks`."""
     told = [part.split(":") for part in str(spec.fact("marks")).split()]
-    kinds = []
+    kinds: list[Context] = []
     for name, *numbers in (part.split(":") for part in str(spec.fact("kinds")).split()):
         size, stride, offset, each, first, edge, channels = map(int, numbers)
         if offset:
             raise Unprintable(f"landmarks of {name}s, which begin at {offset}, have no Triton form yet")
         own = [(label.split(".", 1)[1], int(width)) for label, width in told if label.split(".", 1)[0] == name]
-        kind = {"name": name, "size": size, "stride": stride, "each": each, "first": first, "edge": edge}
+        kind: Context = {"name": name, "size": size, "stride": stride, "each": each, "first": first, "edge": edge}
         kinds.append(kind | {"channels": channels} | _kind(spec, name, own))
     return _facts(spec, "m_") | {
         "formulas": tuple((f"{k['name']}.{m['name']}", m["says"]) for k in kinds for part in k["stages"] for m in part),
@@ -101,7 +101,9 @@ def _kind(spec: KernelSpec, unit: str, own: list[tuple[str, int]]) -> Context:
         assert isinstance(formula, Expr)
         fn, axis = reduction(formula) if formula.op == "reduce" else ("", "")
         if axis != "i" or fn not in _FOLDS:
-            raise Unprintable(f"the landmark {spell(formula)}, which is not one sum, mean or extreme, has no Triton form")
+            raise Unprintable(
+                f"the landmark {spell(formula)}, which is not one sum, mean or extreme, has no Triton form"
+            )
         asked = [words_of(n)[1] for n in formula.walk() if n.op == "landmark"]
         stage = max((known[other] + 1 for other in asked if other in known), default=0)
         part = Expr("reduce", formula.args, ("sum" if fn == "mean" else fn, "i"))
@@ -177,7 +179,7 @@ def units(spec: KernelSpec) -> Context:
         "select": {"fraction": (num, den)},
         "flagged": score is None or not trivial or bool(spec.fact("drops")),
         "marks_dtype": _dtype(spec) if score is not None else "torch.float32",
-        "u_size": spec.fact("size") if score is not None else spec.fact("span"),
+        "u_size": facts.get("size", facts.get("span", 0)),
         "soft": False, "outer": None, "lines": 1, "each_heads": 1, "whole_lines": 1, "marks": [], "skips": False,
     }  # fmt: skip
     if score is None:
@@ -217,7 +219,14 @@ def stages_of(score: Expr) -> tuple[Expr, bool, Expr, Expr | None]:
     return put(cut.first), soft, whole, outer
 
 
-_ORDERS = ([], ["map"], ["regroup"], ["map", "regroup"], ["regroup", "map"], ["map", "regroup", "map"])
+_ORDERS: tuple[list[str], ...] = (
+    [],
+    ["map"],
+    ["regroup"],
+    ["map", "regroup"],
+    ["regroup", "map"],
+    ["map", "regroup", "map"],
+)
 
 
 def _scored(spec: KernelSpec, score: Expr, made: Context) -> Context:
@@ -281,7 +290,10 @@ def _raw(grouped: bool, bound: str, soft: bool, drops: bool) -> str:
     lines = [f"there = u < {bound}"]
     if soft and drops:
         at = "((own.to(tl.int64) * blocks + u // MARK_EACH) * EDGES + MARK_EDGE + u % MARK_EACH) * 2"
-        lines += [f"edge = edges + {at}", "held_by = tl.load(edge + 1, mask=there, other=0) - tl.load(edge, mask=there, other=0)"]
+        lines += [
+            f"edge = edges + {at}",
+            "held_by = tl.load(edge + 1, mask=there, other=0) - tl.load(edge, mask=there, other=0)",
+        ]
         lines.append("there = there & (held_by > 0)")
     if grouped:
         lines.append("there = there[None, :] & g_real[:, None]")
@@ -309,10 +321,8 @@ def spans(spec: KernelSpec) -> Context:
     """What the template `decode` takes beside where heads read spans of their rows."""
     texts = {name: str(hole) for name, hole in spec.holes if name.startswith("regions ")}
     found = {int(name.split(" ")[1]): safe(text) for name, text in texts.items()}
-    size = spec.number("span")
-    never = ("(at < 0)", f"in_own(at, at_now, {size}, 0)")  # of what no span names whole, nothing
-    regions = [
-        {"read": read, "text": text, "torch": in_torch(text)} for read, text in sorted(found.items()) if text not in never
-    ]
-    says = tuple((f"read {region['read']}", _said(region["text"])) for region in regions)
-    return counts_of(str(dict(spec.holes).get("counts", ""))) | {"spans": size, "regions": regions, "read_says": says}
+    left = [(read, text) for read, text in sorted(found.items()) if text != "(at < 0)"]
+    regions = [{"read": read, "text": text, "torch": in_torch(text)} for read, text in left]
+    says = tuple((f"read {read}", _said(text)) for read, text in left)
+    lists = {"spans": spec.number("span"), "regions": regions, "read_says": says}
+    return counts_of(str(dict(spec.holes).get("counts", ""))) | lists

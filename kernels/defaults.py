@@ -73,5 +73,6 @@ def units(facts: ModelFacts) -> Facts:
 
 
 def chosen(facts: ModelFacts) -> Facts:
-    """A tile of scores is [64 queries and query heads, block_n units]."""
-    return {"block_n": 32, "warps": 8}
+    """A tile of scores is [block_m queries and query heads, block_n units]; float32 landmarks take three products."""
+    wide = power_of_two(facts.head_dim) > 64
+    return {"block_m": 32, "block_n": 16 if wide else 32, "warps": 8}

@@ -184,4 +184,5 @@ _ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffi
     "units": _units,
     "spans": _spans,
     "blocks": _prefill,
+    "chosen": _units,
 }

@@ -93,7 +93,11 @@ def spell(expr: Expr) -> str:
         case "queries":
             return "q"
         case "regroup":
-            return f"the largest overlapping {args[0]}" if _simple(expr.args[0]) else f"the largest overlapping ({args[0]})"
+            return (
+                f"the largest overlapping {args[0]}"
+                if _simple(expr.args[0])
+                else f"the largest overlapping ({args[0]})"
+            )
         case "landmark":
             assert isinstance(expr.value, tuple)
             return str(expr.value[1])

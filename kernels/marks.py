@@ -89,14 +89,15 @@ def layout_of(plan: PolicyPlan) -> MarksLayout:
     """The landmarks that a plan's caches keep."""
     wanted: dict[str, set[str]] = {}
     by_units = [asked(plan, read) for read in plan.reads]
-    for units in by_units:
-        for name, marks in units.items():
-            wanted.setdefault(name, set()).update(marks)
+    for own_units in by_units:
+        for name, names in own_units.items():
+            wanted.setdefault(name, set()).update(names)
     units = [unit for unit in plan.units if unit.name in wanted]
     span = lcm(*(unit.stride for unit in units)) if units else 1
     if span > MOST:  # strides that hardly ever meet: no kernel, so nothing is kept
         units, by_units = [], [{} for _ in by_units]
-    readers, evicts = [], []
+    readers: list[tuple[int, ...]] = []
+    evicts: list[bool] = []
     for layer in range(plan.facts.layers):
         line = []
         for head, read in enumerate(plan.reading(layer)):

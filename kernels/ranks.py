@@ -43,7 +43,8 @@ _known: dict[str, Ranks] = {}
 def sharded(plan: PolicyPlan, ranks: Ranks, key: str, weight_bytes: int) -> PolicyPlan:
     """The plan of the part of the heads that `ranks.rank` holds; `key` stands for these processes from now on.
 
-    weight_bytes: of the parameters that are here. KvCompileError where the KV heads cannot be divided evenly, or decide together what they read.
+    weight_bytes: of the parameters that are here. KvCompileError where the KV heads cannot be divided evenly, or decide
+    together what they read.
     """
     facts, world = plan.facts, ranks.world
     if facts.kv_heads % world:

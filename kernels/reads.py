@@ -306,7 +306,7 @@ def fill_picks(plan: PolicyPlan, rows: Rows, queries: Queries) -> None:
     newest = Queries(queries.q[:, :, -1:], queries.pos[:, -1:])
     for line, index, rule in rules_of(plan):
         lines = [i for i, r in enumerate(known.reading) if r == index]
-        if rule.pick is None or not lines:
+        if rule.pick is None or not lines or not bool(known.fires[line][lines].any()):
             continue
         part = Queries(newest.q[lines], newest.pos[lines])
         (one,) = known._each(rows.some(lines), part)

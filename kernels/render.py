@@ -88,6 +88,7 @@ PURPOSE = {
     "units": "which units each query reads by a rule's choice, and which entries by its regions",
     "spans": "one token of every sequence: append, then each head reads its list of a row's entries, or all",
     "blocks": "a piece of every sequence, each query by what its rule reads, in strips of those that read alike",
+    "chosen": "which units each query of a piece chooses, and which tiles of entries are read at all",
     "pool": "what follows a score along the row: pooling over the candidates in position order",
 }
 

@@ -114,9 +114,8 @@ def _spans(spec: KernelSpec) -> tuple[Entry, ...]:
     """Decode with the lists that its heads read by."""
     (name, types, constants, options), *rest = _decode(spec)
     regions = [str(hole) for key, hole in spec.holes if key.startswith("regions ")]
-    never = ("(at < 0)", f"in_own(at, at_now, {spec.fact('span')}, 0)")
     more = "*i32: reading spans span_count; i32: span_row"
-    if any(text not in never for text in regions):
+    if any(text != "(at < 0)" for text in regions):
         more += "; *i64: prompt counts; i32: counts_l counts_n counts_b prompt_b"
     for kind, names in _types(more).items():
         types[kind] = f"{types[kind]} {names}"
@@ -147,6 +146,18 @@ def _prefill(spec: KernelSpec) -> tuple[Entry, ...]:
     options = {"num_warps": spec.number("warps"), "num_stages": spec.number("stages")}
     constants |= {"LISTED": listed} if listed else {}
     return (("prefill_kernel", types, constants, options),)
+
+
+def _blocks(spec: KernelSpec) -> tuple[Entry, ...]:
+    """Attention of a piece with the lists that its queries read by."""
+    ((name, types, constants, options),) = _prefill(spec)
+    more = "*i32: by lists totals bits; *i64: order prompt numbers; "
+    more += "i32: blocks_q most words prompt_b numbers_l numbers_n numbers_b"
+    for kind, names in _types(more).items():
+        types[kind] = f"{types[kind]} {names}"
+    listed: dict[str, object] = {"TILE": spec.fact("tile"), "LISTS": spec.fact("sets"), "LOCAL": False}
+    listed |= {"SIZE": spec.fact("size"), "SETS": spec.fact("sets")}
+    return ((name, types, constants | listed, options),)
 
 
 def _evict(spec: KernelSpec) -> tuple[Entry, ...]:
@@ -281,7 +292,7 @@ def _units(spec: KernelSpec) -> tuple[Entry, ...]:
     dtype, group = dtype_name(str(spec.fact("dtype"))), spec.number("group")
     made = contexts_reads.units(spec)
     size = int(made["u_size"])
-    heads = {"GROUP": group, "GROUP_PAD": power_of_two(group)}
+    heads: dict[str, object] = {"GROUP": group, "GROUP_PAD": power_of_two(group)}
     kinds: dict[str, object] = {}
     own: dict[str, object] = {}
     if score:
@@ -290,14 +301,55 @@ def _units(spec: KernelSpec) -> tuple[Entry, ...]:
         kinds = heads | {key: spec.fact(name) for key, name in names.items()} | {"EACH": made["each_heads"]}
         own = {"CHANNELS": spec.fact("inner_channels"), "WIDTH": spec.fact("width"), "FIRST": spec.fact("inner_first")}
     width = spec.number("head_dim")
-    tile = {"D": width, "D_PAD": padded(width), "PAGE": spec.fact("page"), "SIZE": size, "BLOCK_U": spec.fact("block_n")}
+    tile: dict[str, object] = {
+        "D": width,
+        "D_PAD": padded(width),
+        "PAGE": spec.fact("page"),
+        "SIZE": size,
+        "BLOCK_U": spec.fact("block_n"),
+    }
     tile |= {"BLOCK_X": min(32, power_of_two(size))}
-    lines = {"MARK_EDGE": spec.fact("inner_edge"), "WHOLE": made["whole_lines"], "LINES": made["lines"]} if score else {}
-    block = {"SIZE": size, "BLOCK": 1024 if power_of_two(group) <= 8 else 256}
+    lines: dict[str, object] = (
+        {"MARK_EDGE": spec.fact("inner_edge"), "WHOLE": made["whole_lines"], "LINES": made["lines"]} if score else {}
+    )
+    block: dict[str, object] = {"SIZE": size, "BLOCK": 1024 if power_of_two(group) <= 8 else 256}
     chosen = ("choose_kernel", _types(second, dtype), kinds | lines | block, _options(spec))
     if not score and not made["flagged"]:
         return (chosen,)
     return (("units_kernel", _types(first, dtype), (kinds or heads) | own | tile, _options(spec)), chosen)
+
+
+def _chosen(spec: KernelSpec) -> tuple[Entry, ...]:
+    """The second kernel alone lists tiles for a rule that chooses nothing."""
+    from kvcompile.kernels import contexts_pieces  # which reads this module
+
+    made, score = contexts_pieces.chosen(spec), dict(spec.holes).get("score") is not None
+    clock = "*i64: new start prompt counts layer; *i32: length by"
+    sizes = "i32: clock_b counts_l counts_n counts_b columns rows kv_heads read"
+    second = f"{clock} pos table lists totals; {sizes} table_row blocks_q opens most"
+    shape: dict[str, object] = {"PAGE": spec.fact("page"), "TILE": spec.fact("tile"), "QUERIES": 128}
+    shape |= {"LISTS": made["heads"] if score else 1, "BLOCK_T": 16 if spec.fact("drops") else 128}
+    options = _options(spec) | {"num_warps": 4}
+    if not score:
+        return (("tiles_kernel", _types(second), shape, options),)
+    sets = spec.number("group") if made["heads"] > 1 else 1
+    own = {"SIZE": spec.fact("size"), "SETS": sets, "BLOCK_Q": made["block_q"]}
+    shape |= own | {"LISTS": sets}
+    last = ("tiles_kernel", _types(second.replace(" lists", " anys lists") + " chunks words"), shape, options)
+    dtype = dtype_name(str(spec.fact("dtype")))
+    kept, width = dtype if spec.fact("own") else "fp32", spec.number("head_dim")
+    types = _types(
+        f"*T: q; *{kept}: marks; *i64: peek; *i32: readers keys bits anys; *fp32: scores wholes; {clock}; {sizes} "
+        "q_b q_h q_n chunks blocks score_units units words",
+        dtype,
+    )
+    constants: dict[str, object] = {"GROUP": spec.fact("group"), "GROUP_PAD": made["group_pad"], "D": width}
+    constants |= own | {"D_PAD": padded(width), "BLOCK_U": spec.fact("block_n"), "BLOCK": made["block_s"]}
+    names = {"MARK_SIZE": "inner_size", "MARK_STRIDE": "inner_stride", "MARK_EACH": "inner_each", "WIDTH": "width"}
+    names |= {"CHANNELS": "inner_channels", "FIRST": "inner_first"}
+    constants |= {key: spec.fact(name) for key, name in names.items()}
+    constants |= {"EACH": made["each_heads"], "WHOLE": made["whole_heads"], "HEADS": made["heads"]}
+    return (("chosen_kernel", types, constants, _options(spec)), last)
 
 
 _TABLES = {
@@ -312,6 +364,8 @@ _TABLES = {
     "marks": _marks,
     "units": _units,
     "spans": _spans,
+    "chosen": _chosen,
+    "blocks": _blocks,
 }
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from kvcompile.kernels.choose import unprintable
+from kvcompile.kernels.choose_listed import without_triton
+from kvcompile.kernels.choose_reads import slow_reads
 from kvcompile.kernels.cpp_backend.build import is_sound, library_path, says_why_not
 from kvcompile.kernels.cpp_backend.library import CppFile, built, cpp_library, without_cpp, write_cpp
 from kvcompile.kernels.gpus import Gpu
@@ -69,8 +71,9 @@ def rows(plan: PolicyPlan, gpu: Gpu, batch: int = 1, tokens: int = 4096, build: 
 def missing(plan: PolicyPlan) -> tuple[Missing, ...]:
     """What has no kernel, with the reason."""
     nowhere = unprintable(plan)  # without a spec there is no C++ either
-    on_gpu = (Missing(what, "triton", "the reference, in torch") for what in nowhere)
-    on_cpu = (Missing(what, "c++", _in_place_of(what)) for what in (*nowhere, *without_cpp(plan)))
+    on_gpu = (Missing(what, "triton", "the reference, in torch") for what in without_triton(plan))
+    reads = (Missing(what, "c++", "the definition, in torch") for what in slow_reads(plan))
+    on_cpu = (*(Missing(what, "c++", _in_place_of(what)) for what in (*nowhere, *without_cpp(plan))), *reads)
     return (*on_gpu, *on_cpu)
 
 
@@ -79,14 +82,14 @@ def runs_on(plan: PolicyPlan, backend: str) -> str:
     if backend == "reference":
         return "reference: torch"
     if backend == "triton":
-        left = len(unprintable(plan))
+        left = len(without_triton(plan))
         return "triton: generated kernels" + (f", the reference for {left} of their places" if left else "")
     if (reason := says_why_not()) is not None:
         return f"cpu: packed SDPA and torch ({reason})"
     library = cpp_library(plan)
     names = sorted(set(library.files) - set(library.refused))
     parts = [f"{len(names)} generated C++ kernel{'' if len(names) == 1 else 's'}"] if names else []
-    if library.refused or without_cpp(plan) or not names:
+    if library.refused or without_cpp(plan) or slow_reads(plan) or not names:
         parts.append("packed SDPA and torch")
     said = next(iter(library.refused.values()), "").splitlines()
     return f"cpu: {', '.join(parts)}" + (f" ({said[0]})" if said else "")
@@ -130,7 +133,8 @@ def _state(file: CppFile, nothing: str | None, refused: str | None) -> tuple[Lit
 
 
 def _in_place_of(what: str) -> str:
-    return "packed SDPA" if what.startswith(("decode", "prefill")) else "torch"
+    read = what.startswith(("marks", "units", "spans", "blocks"))
+    return "packed SDPA" if what.startswith(("decode", "prefill")) else "the definition, in torch" if read else "torch"
 
 
 def _purpose(spec: KernelSpec) -> str:

@@ -47,7 +47,7 @@ def launch_of(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes, config: Config) 
     traffic = header_for(plan, spec, sizes).traffic
     chosen, rows, tokens = dict(config), rows_of(plan, spec, sizes.batch), sizes.tokens
     match spec.template:
-        case "decode":
+        case "decode" | "spans":
             target = chosen["units"] * sizes.gpu.multiprocessors
             units = max(float(rows), min(rows * tokens / chosen["min_chunk"], float(target)))
             part = (spec.number("group") * spec.number("head_dim") + 2 * spec.number("group_pad")) * 4
@@ -55,7 +55,7 @@ def launch_of(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes, config: Config) 
                 (*traffic.parts, ("partial results, out and in", int(2 * units * part))), traffic.launches
             )
             return Launch(traffic, min(units, float(target)), tile_bytes(spec, chosen))
-        case "prefill":
+        case "prefill" | "blocks":
             lines = rows * spec.number("group") * tokens / chosen["block_m"]
             # The diagonal is computed whole; each tile reads its entries again, from the cache.
             wasted = 1 + (chosen["block_m"] + chosen["block_n"]) / max(tokens, 1)
@@ -68,6 +68,8 @@ def launch_of(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes, config: Config) 
             return Launch(traffic, max(float(rows), rows * tokens / chosen["block_n"]), tile_bytes(spec, chosen))
         case "pack":
             return Launch(traffic, max(float(rows), rows * tokens / 1024), 32 * plan.facts.entry_bytes)
+        case "marks" | "units" | "chosen":
+            return Launch(traffic, max(float(rows), rows * tokens / 1024), chosen["block_n"] * plan.facts.entry_bytes)
         case "pool":
             return Launch(traffic, max(float(rows), rows * tokens / 512), 512 * 12)
         case _:  # evict, select: a program per group of heads; a block's scores, flags and positions

@@ -27,6 +27,17 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
         "min_chunk": (128, 256, 512),
         "units": (1, 2, 3, 4),
     },
+    "spans": {
+        "block_n": (16, 32, 64),
+        "warps": (2, 4, 8),
+        "stages": (2, 3, 4),
+        "min_chunk": (128, 256, 512),
+        "units": (1, 2, 3, 4),
+    },
+    "blocks": {"block_m": (64, 128), "block_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
+    "marks": {"block_n": (16, 32, 64), "warps": (2, 4, 8)},
+    "units": {"block_n": (4, 8, 16, 32), "warps": (4, 8)},
+    "chosen": {"block_n": (16, 32, 64), "warps": (4, 8)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
     "evict": {"warps": (2, 4, 8, 16)},
     "select": {"warps": (4, 8, 16)},
@@ -46,7 +57,7 @@ def default(spec: KernelSpec) -> Config:
     """The config of the spec as it is: what runs where nothing was tuned."""
     facts = dict(spec.facts)
     known = {name: int(facts[name]) for name in _knobs(spec) if name in facts}
-    return tuple(sorted((known | ({"units": UNITS} if spec.template == "decode" else {})).items()))
+    return tuple(sorted((known | ({"units": UNITS} if spec.template in ("decode", "spans") else {})).items()))
 
 
 def space(spec: KernelSpec) -> tuple[Config, ...]:
@@ -65,8 +76,10 @@ def _knobs(spec: KernelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _sane(spec: KernelSpec, config: dict[str, int]) -> bool:
-    if spec.template == "decode":
+    if spec.template in ("decode", "spans"):
         return tile_bytes(spec, config) <= MOST
+    if spec.template == "blocks":  # tiles never cross a listed one
+        return tile_bytes(spec, config) <= MOST and not spec.number("tile") % config["block_n"]
     if spec.template == "prefill":
         listed = int(dict(spec.facts).get("listed", 0))  # tiles never cross a listed block
         return tile_bytes(spec, config) <= MOST and not (listed % config["block_m"] or listed % config["block_n"])
@@ -77,7 +90,7 @@ def _sane(spec: KernelSpec, config: dict[str, int]) -> bool:
 
 def tile_bytes(spec: KernelSpec, config: dict[str, int]) -> int:
     """Bytes of the tiles that a program keeps under way: all stages but the one in use."""
-    both = spec.template in ("decode", "prefill")  # keys and values
+    both = spec.template in ("decode", "prefill", "spans", "blocks")  # keys and values
     row = spec.number("head_dim") * ITEM[str(spec.fact("dtype"))] * (2 if both else 1)
     return config["block_n"] * row * max(1, config.get("stages", 2) - 1)
 

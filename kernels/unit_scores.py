@@ -51,7 +51,7 @@ def cut_units(score: Expr) -> UnitScore:
     if len(units) != 1:
         raise Unprintable("a score of units that reads landmarks of none or of several units has no kernel yet")
     names = sorted({words_of(n)[1] for n in base.walk() if n.op == "landmark"})
-    return UnitScore(tuple(found.parts), first, tuple(passes), *units, tuple(names))
+    return UnitScore(tuple(found.parts), first, tuple(passes), min(units), tuple(names))
 
 
 def leaves_heads(score: Expr) -> bool:

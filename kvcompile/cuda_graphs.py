@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.choose import unprintable
+from kvcompile.kernels.choose_listed import without_triton
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.store import Store
@@ -166,7 +166,7 @@ def refuse_graphs(plan: PolicyPlan, backend: str, device: torch.device) -> None:
         raise KvCompileError(f"compile='cudagraph' needs backend 'triton', and here it is {backend!r}: {way}")
     if device.type != "cuda":
         raise KvCompileError(f"compile='cudagraph' needs a CUDA device, and the model is on {device}: {way}")
-    reasons = [reason for reason in unprintable(plan) if _in_a_step(reason)]
+    reasons = [reason for reason in without_triton(plan) if _in_a_step(reason)]
     if reasons:
         raise KvCompileError(
             f"compile='cudagraph' needs every step of {plan.name} on kernels, and the reference, which reads the "
@@ -176,4 +176,4 @@ def refuse_graphs(plan: PolicyPlan, backend: str, device: torch.device) -> None:
 
 def _in_a_step(reason: str) -> bool:
     place = reason.split(":")[0]
-    return place == "decode" or place.endswith(", after a step")
+    return place == "decode" or place.endswith((", decode", ", after a step"))

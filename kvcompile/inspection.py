@@ -17,7 +17,7 @@ from torch import nn
 from kvcompile.api import Optimized, optimized
 from kvcompile.dsl.printer import text
 from kvcompile.kernels.account import Account, CppAccount, gpu_of
-from kvcompile.kernels.choose import unprintable
+from kvcompile.kernels.choose_listed import without_triton
 from kvcompile.kernels.cpp_backend.assembly import assembly, machine
 from kvcompile.kernels.cpp_backend.library import write_cpp
 from kvcompile.kernels.errors import KvCompileError
@@ -147,7 +147,7 @@ class Artifacts:
     @property
     def unprintable(self) -> tuple[str, ...]:
         """What of the policy has no Triton form, and so runs as the reference on a GPU."""
-        return unprintable(self.plan)
+        return without_triton(self.plan)
 
     @property
     def runs_on(self) -> str:

@@ -112,7 +112,7 @@ class Store:
             self._claimed = 0
 
     def cover(self, positions: int) -> None:
-        """Let later layers' choices and landmarks reach positions below this; call before a forward that brings them."""
+        """Let choices for later layers and landmarks reach positions below this; call before a forward brings them."""
         old = self.picked.shape[3]
         if self.plan.picks and positions > old:
             # Doubled, so that a graph sees a new size rarely, and never one or none.

@@ -88,7 +88,9 @@ class FamilyOracle(Oracle):
         self.asked[layer] = module, asked
         before = [row.resident.clone() for row in self.rows[layer]]
         for head, row in enumerate(self.rows[layer]):
-            self._insert(row, query[0, head * self.group : (head + 1) * self.group], key[0, head], value[0, head], range(n))
+            self._insert(
+                row, query[0, head * self.group : (head + 1) * self.group], key[0, head], value[0, head], range(n)
+            )
         resident = [torch.cat([old, torch.ones(n, dtype=torch.bool)]) for old in before]
         sets = self.reader.sets(self, layer) if self.reader else None
         output, probs = self._read(layer, query, torch.arange(start, start + n), resident, sets)

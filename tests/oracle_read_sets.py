@@ -23,7 +23,7 @@ Chooses = Callable[[Asked, int, set[int]], set[int]]  # what a query head's choi
 
 @dataclass(slots=True)
 class Union(Reading):
-    """A union as the language writes it: `near(p, asked)` is what regions take, then each choice in the order written."""
+    """A union as the language writes it: `near(p, asked)` says what regions take; then each choice, in order."""
 
     near: Callable[[int, Asked], bool] = lambda p, asked: False
     choices: tuple[Chooses, ...] = ()
@@ -59,15 +59,17 @@ def first(n: int | Callable[[Asked], int], sign: int = 1) -> Callable[[Asked], T
 
 def part(share: Fraction) -> Callable[[Asked], Take]:
     """`top(share)` of the candidates."""
-    return lambda asked: lambda oracle, scored: {
-        u for u, _ in oracle.best([(s, u, 0) for u, s in scored.items()], math.floor(share * len(scored)))
-    }
+    return lambda asked: (
+        lambda oracle, scored: {
+            u for u, _ in oracle.best([(s, u, 0) for u, s in scored.items()], math.floor(share * len(scored)))
+        }
+    )
 
 
 def cover(share: Fraction) -> Callable[[Asked], Take]:
-    return lambda asked: lambda oracle, scored: {
-        u for u, _ in covered(oracle, [(s, u, 0) for u, s in scored.items()], share)
-    }
+    return lambda asked: (
+        lambda oracle, scored: {u for u, _ in covered(oracle, [(s, u, 0) for u, s in scored.items()], share)}
+    )
 
 
 def over(limit: float) -> Callable[[Asked], Take]:

@@ -1,7 +1,7 @@
 """What each query reads under the systems of sparse attention, written by hand from publications and the language.
 
 The frame: a `Reader` says for a layer which positions each query of this forward reads, and holds sets between firings;
-a `Reading` is one published set, asked query by query as plain loops over positions (`Asked`). Scores over units see the
+a `Reading` is one published set, asked query by query as plain loops over positions (`Asked`). Scores over units see
 units whose last position comes before the query; what lies in no such unit is read. Uses nothing of kvcompile.
 """
 
@@ -261,7 +261,7 @@ class MoBA(Reading):
 
 @dataclass(slots=True)
 class InfLLMV2(Reading):
-    """Zhao et al. 2025: softmax over overlapping kernels, summed over the group; a block has its best kernel's score."""
+    """Zhao et al. 2025: softmax over overlapping kernels, summed over the group; a block scores as its best kernel."""
 
     n: int = 64
     sink: int = 64
@@ -399,14 +399,15 @@ class SampleAttention(Reading):
 @dataclass(slots=True)
 class Vertical(Reading):
     """Jiang et al. 2024, the vertical lines: of the last queries' attention the n largest columns, for all queries,
-    beside sinks and each one's own window."""
+    beside sinks and each one's own window. alone: each query head by its own, else all of a group by their mean."""
 
     sink: int = 2
     window: int = 4
     n: int = 6
     observe: int = 8
     triggers: tuple[str, ...] = ("chunk",)
-    columns: dict[int, set[int]] = field(default_factory=dict)
+    alone: bool = False
+    columns: dict[int, Sets] = field(default_factory=dict)
 
     def near(self, query: int) -> Callable[[int], bool]:
         return lambda p: p < self.sink or p > query - self.window
@@ -414,10 +415,12 @@ class Vertical(Reading):
     def prepare(self, oracle: Oracle, layer: int) -> None:
         near = self.near(oracle.piece.now)
         for head, row in enumerate(oracle.rows[layer]):
-            total = oracle.last_reads(row, self.observe).sum(1).mean(0)
-            scored = [(total[p].item(), p, 0) for p in row.positions() if not near(p)]
-            self.columns[head] = {p for p, _ in oracle.best(scored, self.n)}
+            totals = oracle.last_reads(row, self.observe).sum(1)
+            self.columns[head] = []
+            for total in totals if self.alone else [totals.mean(0)] * oracle.group:
+                scored = [(total[p].item(), p, 0) for p in row.positions() if not near(p)]
+                self.columns[head].append({p for p, _ in oracle.best(scored, self.n)})
 
     def read(self, asked: Asked) -> Sets:
-        near, columns = self.near(asked.place), self.columns[asked.head]
-        return [asked.among(lambda p: near(p) or p in columns)] * asked.oracle.group
+        near = self.near(asked.place)
+        return [asked.among(lambda p, c=columns: near(p) or p in c) for columns in self.columns[asked.head]]

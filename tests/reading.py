@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvcompile
 from tests import oracle_reads as reads
-from tests.driving import NEAR_TIE, Positions, drive, one_by_one, same
+from tests.driving import BACKENDS, NEAR_TIE, Positions, drive, one_by_one, same
 from tests.following import policy
 from tests.models import random_model, tokens
 from tests.oracle import Oracle
@@ -35,16 +36,29 @@ Answer = tuple[Tensor, Positions]
 Told = tuple[Turns, list[Answer]]
 
 
+def some(names: Sequence[str], quick: Sequence[str] = (), backends: Sequence[str] = ("cpu",)) -> list[object]:
+    """Parameters (name, backend) of a test: the quick ones run by default on `backends`, the others are slow; those of
+    library policies are recorded all the same."""
+    params = []
+    for name in names:
+        for backend in BACKENDS:
+            marks = [pytest.mark.slow, pytest.mark.recorded] if name in LIBRARY else [pytest.mark.slow]
+            fast = name in quick and backend in backends
+            params.append(pytest.param(name, backend, marks=[] if fast else marks, id=f"{name}-{backend}"))
+    return params
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """policy: a library policy's name or a text; params for `optimize`; reader() and rule() for the oracle; changes to
-    the model's configuration; cut: pieces of a prompt that the policy's `attend` asks for."""
+    the model's configuration; prompt: tokens of a first prompt that is long enough for some entry not to be read."""
 
     policy: str
     reader: Callable[[], reads.Reader]
     params: dict[str, object] = field(default_factory=dict)
     rule: Callable[[], KeepAll] = KeepAll
     changes: dict[str, object] = field(default_factory=dict)
+    prompt: int = 37
 
     def model(self, family: str = "llama64") -> PreTrainedModel:
         return random_model(family, **self.changes)
@@ -66,8 +80,19 @@ LIBRARY: dict[str, Case] = {
         lambda: reads.everywhere(reads.PowerAttention(size=4, sink=2, window=3)),
         {"size": 4, "n_sink": 2, "window": 3},
     ),
-    "bigbird": Case("bigbird", lambda: reads.everywhere(reads.BigBird(block=2, n=192, seed=3)), {"block": 2, "seed": 3}),
-    "quest": Case("quest", lambda: reads.in_layers(2, reads.Quest(page=4, budget=12)), {"page": 4, "budget": 12}),
+    "bigbird": Case(
+        "bigbird",
+        lambda: reads.everywhere(reads.BigBird(block=2, n=192, seed=3)),
+        {"block": 2, "seed": 3},
+        changes={"num_hidden_layers": 2, "hidden_size": 64},
+        prompt=215,  # of which 192 are drawn
+    ),
+    "quest": Case(
+        "quest",
+        lambda: reads.in_layers(2, reads.Quest(page=4, budget=12)),
+        {"page": 4, "budget": 12},
+        changes={"num_hidden_layers": 3},
+    ),
     "tidal": Case("tidal", lambda: reads.in_layers(2, reads.Tidal(n=6)), {"n": 6}, changes=FEW),
     "moba": Case("moba", lambda: reads.everywhere(reads.MoBA(size=4, n=3)), {"size": 4, "n": 3}),
     "infllm_v2": Case("infllm_v2", lambda: reads.everywhere(reads.InfLLMV2(n=2)), {"n": 2}),
@@ -82,7 +107,17 @@ LIBRARY: dict[str, Case] = {
     "seerattention_r": Case(
         "seerattention_r", lambda: reads.everywhere(reads.SeerR(size=4, budget=12)), {"size": 4, "budget": 12}
     ),
-    "llmdrop": Case("llmdrop", lambda: reads.Reader(lambda layer, head: (), off=frozenset(range(21, 28))), changes=MANY),
+    "sparse_transformer": Case(
+        "sparse_transformer", lambda: reads.everywhere(reads.Fixed(size=5, start=1)), {"size": 5}
+    ),
+    "vertical": Case(
+        "vertical",
+        lambda: reads.everywhere(reads.Vertical(sink=2, window=4, n=6, observe=8, alone=True)),
+        {"n_sink": 2, "window": 4, "n": 6, "observe": 8},
+    ),
+    "llmdrop": Case(
+        "llmdrop", lambda: reads.Reader(lambda layer, head: (), off=frozenset(range(21, 28))), changes=MANY
+    ),
 }
 
 INFLLM = (
@@ -118,7 +153,7 @@ TEXTS: dict[str, Case] = {
     "tidal, five layers": Case(
         policy(*TIDAL), lambda: reads.in_layers(1, reads.Tidal(n=5, pickers=(1, 3))), changes={"num_hidden_layers": 5}
     ),
-    "vertical": Case(
+    "vertical, one choice of a group": Case(
         policy("score s = sum[q in last(8)] attn", "attend sink(2) | recent(4) | top(6) by s per head", "at chunk"),
         lambda: reads.everywhere(reads.Vertical()),
     ),
@@ -139,7 +174,7 @@ def turns_of(seed: int, first: int = 37, steps: int = 10) -> list[list[int]]:
 TURNS = turns_of(0)
 
 
-def clear(run: Callable[[Turns], tuple[Oracle, list[Answer]]], first: int = 37, steps: int = 10) -> Told:
+def clear(run: Callable[[Turns], tuple[Oracle, list[Answer]]], first: int, steps: int) -> Told:
     """Turns in which no choice is a near tie, and what `run`, an oracle, answers to each: logits, kept positions."""
     best, told = 0.0, None
     for seed in range(6):
@@ -158,9 +193,9 @@ def answers(truth: Oracle, turns: Turns) -> tuple[Oracle, list[Answer]]:
     return truth, [(truth.feed(turn), truth.kept()) for turn in turns]
 
 
-def agrees(case: Case, backend: str, family: str = "llama64", first: int = 37, steps: int = 10) -> None:
-    """Asserts the oracle's logits and kept positions after each turn."""
-    turns, told = clear(lambda turns: answers(case.oracle(family), turns), first, steps)
+def agrees(case: Case, backend: str, family: str = "llama64", first: int = 0, steps: int = 10) -> None:
+    """Asserts the oracle's logits and kept positions after each turn; first: of the first prompt, 0: the case's."""
+    turns, told = clear(lambda turns: answers(case.oracle(family), turns), first or case.prompt, steps)
     seen = drive(case.optimized(backend, family), *turns)
     for i, (found, (logits, kept)) in enumerate(zip(seen, told, strict=True)):
         same(found.logits[0], logits, f"call {i}")

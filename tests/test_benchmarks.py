@@ -49,6 +49,21 @@ def test_attention_of_every_kind(load: Any, tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "attention_cpu.png").exists() == ("(attention_cpu.png)" in page)
 
 
+@pytest.mark.slow
+def test_reads_of_every_kind(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--lengths", "64", "2048", "--prompt", "640", "--rounds", "1", "--calls", "1", "--slow-rounds", "1")
+    assert load("reads_cpu").main([*sizes, "--sweep", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "reads_cpu.json").read_text())
+    assert [s["kind"] for s in found["sections"]] == ["decode"] * 4 + ["prefill"] * 2
+    for section in found["sections"]:
+        for name, row in section["rows"].items():
+            assert row.get("ms", 0) > 0, (section["title"], name, row)
+        assert section["predicted"].keys() <= section["rows"].keys()
+    page = (tmp_path / "reads_cpu.md").read_text()
+    assert page == capsys.readouterr().out.rstrip("\n") + "\n"
+    assert page.count("\n## ") == len(found["sections"]) and "| at most 0.25 |" in page
+
+
 def test_nonsense_sizes_are_refused(load: Any) -> None:
     for wrong in (["--lengths", "8"], ["--prompt", "0"], ["--rounds", "0"], ["--lengths"]):
         with pytest.raises(SystemExit) as refused:

@@ -75,7 +75,9 @@ class _Kernels:
     marks: Any
     beside: tuple[str, ...] = ()  # what spans takes of the model's attention
     rules: dict[tuple[int, int], _Rule | None] = field(default_factory=dict)
-    _readers: dict[int, tuple[object, Any]] = field(default_factory=dict)  # of each layer the latest, and what it was of
+    _readers: dict[int, tuple[object, Any]] = field(
+        default_factory=dict
+    )  # of each layer the latest, and what it was of
     _marks: dict[int, tuple[object, Any]] = field(default_factory=dict)
 
     def readers(self, site: Site, layer: int) -> Any:
@@ -83,7 +85,8 @@ class _Kernels:
         new = site.clock[:, Clock.NEW].tolist()
         fires = site.fires[len(self.plan.classes) :].tolist()
         own = tuple(b for b, n in enumerate(new) if n)
-        key = own, fires, site.marks.data_ptr(), site.edges.data_ptr(), site.picked.data_ptr(), site.marks.shape[2]
+        where = (site.marks, site.edges, site.picked)
+        key = own, fires, [(t.data_ptr(), t.shape) for t in where]
         known = self._readers.get(layer)
         if known is None or known[0] != key:
             known = self._readers[layer] = key, _readers(self, site, layer, own, fires)
@@ -225,9 +228,7 @@ def _readers(kernels: _Kernels, site: Site, layer: int, active: tuple[int, ...],
 _SLOW = "definition"
 
 
-def _firing(
-    kernels: _Kernels, read: int, active: tuple[int, ...], fires_of: list[list[int]]
-) -> _Rule | str | None:
+def _firing(kernels: _Kernels, read: int, active: tuple[int, ...], fires_of: list[list[int]]) -> _Rule | str | None:
     """The rule of a read that every sequence of this forward goes by; None: they read all; or `_SLOW`."""
     plan = kernels.plan
     line = sum(len(other.rules) for other in plan.reads[:read])
@@ -274,8 +275,7 @@ def _mark(kernels: _Kernels, site: Site, here: CSite, k: Tensor | None, v: Tenso
             readers=len(heads), blocks=site.marks.shape[2],
         )  # fmt: skip
         known = kernels._marks[here.layer] = key, (made, of, evicts)
-    asked = known[1][0]
-    asked.k = asked.v = None
+    asked = _Marks.from_buffer_copy(known[1][0])  # another thread may be in the same layer
     if k is not None and v is not None:
         asked.k, asked.v, asked.columns = k.data_ptr(), v.data_ptr(), k.shape[2]
         asked.k_strides, asked.v_strides = ((_long * 3)(*t.stride()[:3]) for t in (k, v))

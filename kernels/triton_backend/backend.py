@@ -2,7 +2,7 @@
 
 A step is decode attention (append, states and scores fused), then one eviction launch per head class for all
 layers. A prefill is attention of the piece for all heads in one launch, then scores, winners and the move into pages.
-What has no Triton form runs as the reference; `choose.unprintable` says what that is.
+What has no Triton form runs as the reference; `choose.unprintable` and `choose_listed.unlisted` say what that is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import evict, reference
+from kvcompile.kernels.choose_listed import asks_narrowed, narrows_pieces
 from kvcompile.kernels.compete import Contest
 from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import Fresh, gather_rows, needs_keys, query_sources, sequence, with_queries
 from kvcompile.kernels.layout import Clock, Site, compact
-from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan, Selection, StatePlan, UnitPlan
+from kvcompile.kernels.plan import STEP_TRIGGERS, PolicyPlan, Selection, StatePlan, UnitPlan, formulas_of
 from kvcompile.kernels.ranks import has_joint
-from kvcompile.kernels.reads import narrows
+from kvcompile.kernels.reads import narrows, with_reads
 from kvcompile.kernels.rows import Rows, as_read_by
 from kvcompile.kernels.select import Plainly
 from kvcompile.kernels.span import competes
@@ -38,7 +39,7 @@ from kvcompile.kernels.triton_backend.attend import (
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.evict import EvictStep
 from kvcompile.kernels.triton_backend.library import At, library
-from kvcompile.kernels.triton_backend.reads import Reading
+from kvcompile.kernels.triton_backend.reads import PieceReading, Reading
 
 
 class Triton:
@@ -50,6 +51,7 @@ class Triton:
         self._readers: dict[tuple[object, ...], ModuleType | None] = {}
         self._decoders: dict[tuple[object, ...], DecodeStep | None] = {}
         self._readings: dict[tuple[object, ...], Reading | None] = {}
+        self._piece_readings: dict[tuple[object, ...], PieceReading | None] = {}
         self._evictions: dict[tuple[object, ...], EvictStep | None] = {}
 
     def prepare(self, plan: PolicyPlan) -> None:
@@ -62,7 +64,8 @@ class Triton:
         """As `states.observe`: what queries add to a state by kernel, where its formula has one."""
 
         def grown(states: tuple[StatePlan, ...], rows: Rows, fresh: Fresh) -> dict[str, Tensor]:
-            return _growth(plan, states, rows, fresh) if rows.narrow is None else growth(states, rows, fresh)
+            whole = rows.narrow is None or not narrows_pieces(plan)
+            return _growth(plan, states, rows, fresh) if whole else growth(states, rows, fresh)
 
         return observe(plan, site, q, k, v, scale, weights, grown)
 
@@ -73,7 +76,13 @@ class Triton:
 
         Whether it is one is on the device alone: only there, and only for long pieces, is a value read back.
         """
-        module = None if plan.reads and narrows(plan, site) else self._reader(plan, site, q.shape[2])
+        narrowed = narrows_pieces(plan) and narrows(plan, site)
+        pieces = self._pieces(plan, site, q.shape[2]) if narrowed else None
+        if pieces is not None:
+            out = pieces(site, q, k, v, scale, **variant(plan, site))
+            file_queries(site, q)
+            return out
+        module = None if narrowed else self._reader(plan, site, q.shape[2])
         if module is None:
             return reference.attend_prefill(plan, site, q, k, v, scale, weights)
         plain = not plan.facts.softcap and not plan.facts.sinks
@@ -92,6 +101,16 @@ class Triton:
             except Unprintable:
                 self._readers[key] = None
         return self._readers[key]
+
+    def _pieces(self, plan: PolicyPlan, site: Site, tokens: int) -> PieceReading | None:
+        """What a piece reads by, where all reads that narrow it have a form."""
+        key = (*_key(plan, site), tokens)
+        if key not in self._piece_readings:
+            try:
+                self._piece_readings[key] = PieceReading.prepare(plan, site, tokens)
+            except Unprintable:
+                self._piece_readings[key] = None
+        return self._piece_readings[key]
 
     def attend_step(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
@@ -163,11 +182,12 @@ class Triton:
                 step(first, first.counts, first.fires[index], now, prompt, decoder.score, reach)
 
     def _left_by(self, plan: PolicyPlan, site: Site) -> DecodeStep | None:
-        """Which decode has left its scores; where the reference may have stood in for some layer, none."""
-        if not plan.reads:
-            return self._decoder(plan, site)
+        """Which decode has left its scores; none where some layer may have been read without leaving any."""
         reading = self._reading(plan, site)
-        return None if reading is None else reading.decode
+        if reading is not None:
+            return reading.decode
+        dense = self._decoder(plan, site)
+        return None if plan.reads and dense is not None and dense.score is not None else dense
 
     def _eviction(self, plan: PolicyPlan, site: Site, index: int) -> EvictStep | None:
         key = (*_key(plan, site), index)
@@ -223,6 +243,8 @@ class Triton:
                 continue
             fresh = sequence(site, b, q, k, v, state, kv_heads)
             rows, order, index = gather_rows(plan, site, [b], heads, needs_keys(plan, part), scale, fresh)
+            if any(asks_narrowed(plan, formula) for formula in formulas_of(part)):
+                rows = with_reads(plan, site, [b], heads, rows, fresh)
             rows = with_queries(plan, site, [b], heads, rows, query_sources(part), fresh)
             stays, wins = evict.decide(plan, cls, site, [b], heads, rows, order, _Kernels(plan, cls))
             width = stays.shape[1] - fresh.k.shape[1]
@@ -255,10 +277,11 @@ class _Kernels(Plainly):
             stages = library(self.plan).scores(term, At(rows.pos.device, *rows.pos.shape))
         except Unprintable:
             return super().score(term, rows, candidates, unit)
-        if not stages or unit is not None or rows.k is None or rows.bias is not None:
-            return super().score(term, rows, candidates, unit)
         # One source at most, or the score would have no form; other formulas of the class may ask for more.
         sources = list(sources_of([term.score]))
+        narrowed = asks_narrowed(self.plan, term.score)
+        if not stages or unit is not None or rows.k is None or rows.bias is not None or narrowed:
+            return super().score(term, rows, candidates, unit)
         queries = [(rows.queries or {})[source] for source in sources]
         # Readable entries are resident or peeked; pos -1 marks a column that holds neither.
         readable = (as_read_by(rows, sources[0]) if sources else rows).readable

@@ -23,7 +23,14 @@ from kvcompile.kernels.choose import (
     specs_for,
     state_spec,
 )
-from kvcompile.kernels.choose_listed import listed_decode, listed_marks, listed_specs, listed_units
+from kvcompile.kernels.choose_listed import (
+    listed_blocks,
+    listed_decode,
+    listed_marks,
+    listed_piece,
+    listed_specs,
+    listed_units,
+)
 from kvcompile.kernels.gpus import Gpu, of_device
 from kvcompile.kernels.headers import Sizes, header_for
 from kvcompile.kernels.plan import PolicyPlan, Selection, StatePlan
@@ -118,6 +125,14 @@ class Library:
     def listed_decode(self, at: At | None = None) -> ModuleType:
         """Attention of a step whose heads read spans, or all."""
         return self._module(listed_decode(self.plan), at)
+
+    def listed_piece(self, read: int, at: At | None = None) -> ModuleType:
+        """What the queries of a piece choose by a read, as lists of tiles and bits."""
+        return self._module(listed_piece(self.plan, read), at)
+
+    def listed_blocks(self, at: At | None = None) -> ModuleType:
+        """Attention of a piece whose heads read lists of tiles, or all."""
+        return self._module(listed_blocks(self.plan), at)
 
     def target(self, at: At) -> int | None:
         """Work units that a decode launch aims at; None leaves it to the file."""

@@ -1,4 +1,4 @@
-"""Launches what a step reads by: landmarks of units, what each head chooses, decode over the chosen spans.
+"""Launches what queries read by: landmarks of units, what each query chooses, attention over what was chosen.
 
 All for one layer a call, all heads at once; heads that read all go through their whole rows in the same launch.
 Guarantees: no device value is read back, grids follow from shapes alone, so a step can be captured.
@@ -13,14 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.choose_listed import in_pieces, reads_in_pieces
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.marks import layout_of
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.stages import Unprintable
+from kvcompile.kernels.triton_backend.attend import attend
 from kvcompile.kernels.triton_backend.decode import DecodeStep
 from kvcompile.kernels.triton_backend.library import At, library
 
-# Programs of a row that bring landmarks up to date: a step fills a unit now and then, the first after a prompt all.
-MARKERS = 4
+# Programs of a row that bring landmarks up to date: a step fills a unit now and then, a piece many.
+IN_STEPS, IN_PIECES = 4, 32
+
+
+def _tables(plan: PolicyPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """reading and readers, as `Reading` has them."""
+    lines = [plan.reading(layer) for layer in range(plan.facts.layers)], layout_of(plan).readers
+    reading, readers = (torch.tensor(part, dtype=torch.int32, device=device) for part in lines)
+    return reading, readers
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,10 @@ class Reading:
         """capacity: the most entries that any row may have. Raises `stages.Unprintable` where a read has no form."""
         rows, device = site.batch * plan.facts.kv_heads, site.k.device
         at = At(device, rows, capacity)
-        files, layers = library(plan), range(plan.facts.layers)
+        files = library(plan)
         decode = files.listed_decode(at)
         units = tuple(files.listed_units(read, at) for read in range(len(plan.reads)))
         marks = files.listed_marks(at) if layout_of(plan).count else None
-        table = lambda lines: torch.tensor(lines, dtype=torch.int32, device=device)  # noqa: E731
         places = max(capacity, site.marks.shape[2] * layout_of(plan).span)  # rows that drop entries go on to count
         scratch = [module.make_scratch(rows, places, device) for module in units]
         for later in scratch[1:]:  # a row goes by one of the reads
@@ -55,8 +64,7 @@ class Reading:
             marks,
             units,
             DecodeStep.prepare(decode, plan.facts.layers, rows, capacity, device),
-            table([plan.reading(layer) for layer in layers]),
-            table(layout_of(plan).readers),
+            *_tables(plan, device),
             tuple(scratch),
         )
 
@@ -67,15 +75,85 @@ class Reading:
         if self.marks is not None:
             self.marks.launch(
                 site.k, site.pos, site.table, site.length, site.layer, self.readers, start, *kept, site.marked,
-                programs=MARKERS,
+                programs=IN_STEPS,
             )  # fmt: skip
         for read, (module, scratch) in enumerate(zip(self.units, self.scratch, strict=True)):
             chooses = (self.readers, *kept) if hasattr(module, "MARK_SIZE") else ()
             module.launch(
-                q, start, active, prompt, site.counts, site.pos, site.table, site.length, site.layer, self.reading, read,
-                *chooses, scratch=scratch,
+                q, start, active, prompt, site.counts, site.pos, site.table, site.length, site.layer, self.reading,
+                read, *chooses, scratch=scratch,
             )  # fmt: skip
         lists = {"spans": self.scratch[0]["spans"], "span_count": self.scratch[0]["total"], "reading": self.reading}
         more = lists | {"prompt": prompt, "counts": site.counts}
         out, _ = self.decode(q, k, v, site, start, active, site.layer, scale, **variant, **more)
         return out
+
+
+@dataclass(frozen=True)
+class PieceReading:
+    """Kernels of a plan's reads in pieces of prompts, and their tables; shared by all layers.
+
+    chosen: index of a read -> its kernels; rules: of each read the line of `Site.fires` of the rule that narrows
+    pieces, -1 where it always does, None where none does.
+    """
+
+    marks: ModuleType | None
+    chosen: dict[int, ModuleType]
+    blocks: ModuleType
+    reading: Tensor
+    readers: Tensor
+    rules: tuple[int | None, ...]
+
+    @classmethod
+    def prepare(cls, plan: PolicyPlan, site: Site, tokens: int) -> PieceReading:
+        """Raises `stages.Unprintable` where a read has no form."""
+        device = site.k.device
+        at, files, narrow = At(device, site.batch * plan.facts.kv_heads, tokens), library(plan), reads_in_pieces(plan)
+        if plan.peek:
+            raise Unprintable("queries that are asked ahead of a piece have no Triton form for narrowed reads yet")
+        rules: list[int | None] = []
+        line = len(plan.classes)
+        for index, read in enumerate(plan.reads):
+            own = in_pieces(plan, index) if index in narrow else None
+            rules.append(None if own is None else line + own if read.rules[own].triggers else -1)
+            line += len(read.rules)
+        chosen = {read: files.listed_piece(read, at) for read in narrow}
+        asks = any(hasattr(module, "MARK_SIZE") for module in chosen.values())
+        marks = files.listed_marks(at) if asks else None
+        return cls(marks, chosen, files.listed_blocks(at), *_tables(plan, device), tuple(rules))
+
+    def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, **variant: Any) -> Tensor:
+        """As `attend.attend`: [B, m, Hq, D]."""
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+        new, peek, start, prompt = (
+            site.clock[:, column] for column in (Clock.NEW, Clock.PEEK, Clock.START, Clock.PROMPT)
+        )
+        if self.marks is not None:
+            self.marks.launch(
+                site.k, site.pos, site.table, site.length, site.layer, self.readers, start, site.marks, site.edges,
+                site.marked, k_new=k, new=new, peek=peek, programs=IN_PIECES,
+            )  # fmt: skip
+        by, made = self._by(site), None
+        queries, apart = self.blocks.queries_of(q.shape[2])
+        # Those that choose come first, as they say how wide bits are; a read without choices adds its lists.
+        for read, module in sorted(self.chosen.items(), key=lambda item: not hasattr(item[1], "MARK_SIZE")):
+            chooses = (self.readers, site.marks) if hasattr(module, "MARK_SIZE") else ()
+            if made is None:
+                units = site.marks.shape[2] * module.UNIT_EACH if chooses else 0
+                made = module.make_lists(q, site.table, site.length, k.shape[1], queries, apart, units)
+            module.launch(
+                q, new, peek, start, prompt, site.counts, site.pos, site.table, site.length, site.layer, by, read,
+                *chooses, read == min(self.chosen), made,
+            )  # fmt: skip
+        assert made is not None
+        lists = {name: made[name] for name in ("lists", "totals", "bits")}
+        more = lists | {"by": by, "prompt": prompt, "numbers": site.counts}
+        return attend(self.blocks, site, q, k, v, scale, **variant, **more)
+
+    def _by(self, site: Site) -> Tensor:
+        """By which read each row's queries go in this forward, int32 [B * Hkv], -1: by none."""
+        own = self.reading.index_select(0, site.layer)[0]
+        always, never = torch.ones_like(site.fires[0]), torch.zeros_like(site.fires[0])
+        lines = [never if line is None else always if line < 0 else site.fires[line] for line in self.rules]
+        fires = torch.stack(lines).index_select(0, own.clamp(min=0)) != 0  # [Hkv, B]
+        return torch.where((own >= 0)[:, None] & fires, own[:, None], -1).T.flatten().contiguous()

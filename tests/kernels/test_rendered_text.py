@@ -19,6 +19,7 @@ from typing import get_args
 import pytest
 
 from kvcompile.kernels.choose import specs_for
+from kvcompile.kernels.choose_listed import listed_specs
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.render import Target, render
@@ -27,6 +28,7 @@ from kvcompile.kernels.stages import Unprintable
 from kvcompile.passes import compile_policy
 from kvcompile.passes.slide import slide
 
+READERS = ("infllm_v2", "moba", "powerattention", "seerattention")  # on Triton: their specs are `choose_listed`'s
 POLICIES = ("adakv", "h2o", "keep_all", "keydiff", "knorm", "lagkv", "prulong", "snapkv", "streaming", "tova")
 FACTS = ModelFacts(2, 8, 2, 96, "bfloat16")
 ROOT = Path(__file__).parents[2]
@@ -42,17 +44,18 @@ def plans(place: Path, names: tuple[str, ...]) -> list[PolicyPlan]:
     return [compile_policy(name, FACTS, tables=tables.get(name, {})).plan for name in names]
 
 
-def specs(plan: PolicyPlan) -> list[KernelSpec]:
+def specs(plan: PolicyPlan, target: Target) -> list[KernelSpec]:
     """What a policy needs, and what it needs beside that for a model with all variants of attention."""
     other = slide(replace(plan, facts=EVERY))
-    return list(dict.fromkeys([*specs_for(plan), *specs_for(other, "fp16")]))
+    reads = [*listed_specs(plan), *listed_specs(other)] if target == "triton" else []
+    return list(dict.fromkeys([*specs_for(plan), *specs_for(other, "fp16"), *reads]))
 
 
 def texts(target: Target, place: Path, names: tuple[str, ...]) -> dict[str, str]:
     """POLICY/KERNEL -> text, for all that the target has a form of."""
     found = {}
     for plan in plans(place, names):
-        for spec in specs(plan):
+        for spec in specs(plan, target):
             try:
                 found[f"{plan.name}/{spec.name}"] = render(spec, header_for(plan, spec, target=target), target)
             except Unprintable:
@@ -68,7 +71,7 @@ def digests(target: Target, place: Path, names: tuple[str, ...] = POLICIES) -> d
 
 @pytest.mark.parametrize("target", get_args(Target))
 def test_the_text_is_the_one_on_record(target: Target, tmp_path: Path, golden: Callable[[str, str], None]) -> None:
-    made = digests(target, tmp_path)
+    made = digests(target, tmp_path, POLICIES + READERS if target == "triton" else POLICIES)
     templates = {name.split("/")[1].split("_")[0] for name in made}
     assert templates >= {"decode", "evict", "columns", "keys", "pool", "select"}
     name = f"kernels/{target}.json"

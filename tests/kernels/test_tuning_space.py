@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 
 from kvcompile.kernels.choose import decode_spec, evict_spec, select_spec, specs_for
+from kvcompile.kernels.choose_listed import listed_specs
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.plan import PolicyPlan, Region, Selection
 from kvcompile.kernels.render import render
@@ -17,6 +18,7 @@ from kvcompile.kernels.tuning_space import (
     KNOBS,
     TEMPLATES,
     UNITS,
+    _texts,
     default,
     facts_digest,
     kernel_digest,
@@ -27,11 +29,13 @@ from kvcompile.kernels.tuning_space import (
 )
 from tests.kernels.test_render import adakv, h2o
 from tests.kernels.triton_interpreted.plans import ACC, H2O, PREFILL_END, STEP, plan
+from tests.kernels.triton_interpreted.read_plans import moba, power
 
 
 def every() -> list[tuple[PolicyPlan, KernelSpec]]:
     policies = (h2o(), adakv(), plan((Region("sink", 0),), dtype="float16", head_dim=256))
-    return [(policy, spec) for policy in policies for spec in specs_for(policy)]
+    found = [(policy, spec) for policy in policies for spec in specs_for(policy)]
+    return found + [(policy, spec) for policy in (moba(), power()) for spec in listed_specs(policy)]
 
 
 @pytest.mark.parametrize(("policy", "spec"), every(), ids=lambda value: getattr(value, "name", ""))
@@ -49,7 +53,7 @@ def test_a_space_holds_the_untuned_config_and_no_two_alike(policy: PolicyPlan, s
 
 @pytest.mark.parametrize("template", KNOBS)
 def test_templates_read_their_knobs(template: str) -> None:
-    text = (TEMPLATES / f"{template}.py.jinja").read_text()
+    text = "".join(_texts(f"{template}.py.jinja", set()))
     for name in KNOBS[template]:
         assert (
             (f"f.{name} " in text) if name != "units" else (f"UNITS_PER_SM = {UNITS} " in text and "target or" in text)
@@ -115,4 +119,4 @@ def test_a_kernel_digest_follows_the_template_and_its_parts(monkeypatch: pytest.
     part = place / "_choose.py.jinja"
     part.write_text(part.read_text() + "\n# another version\n")
     changed = {template for template in KNOBS if kernel_digest(template) != before[template]}
-    assert changed == {"evict", "select"}
+    assert changed == {"evict", "select", "units", "chosen"}

@@ -83,13 +83,24 @@ def test_queries_read_themselves_and_nothing_later(name):
                 assert all(place in s and max(s) == place for s in sets)
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("infllm_v2", "llmdrop")])
+def test_every_sample_leaves_something_unread(name):
+    """The library's blocks of infllm_v2 begin to compete after 2112 tokens: a slow test of its own has as many."""
+    run = CASES[name].oracle()
+    run.run(tokens(CASES[name].prompt, seed=1), STEPS)
+    last = [sets for heads in run.reader.seen.values() for queries in heads for sets in queries[-1]]
+    assert any(len(s) < run.length for s in last)
+
+
 @pytest.mark.parametrize("name", ["quest", "moba", "infllm_v2, small", "seerattention_r", "tidal, five layers"])
 def test_the_budget_is_what_a_step_reads(name):
     """Beside what is read anyway, exactly the number of units or tokens that the case's numbers name."""
     run = CASES[name].oracle()
     run.run(PROMPT, STEPS)
     place = run.length - 1
-    size, most = {"quest": (4, 3), "moba": (4, 2), "infllm_v2, small": (8, 2), "seerattention_r": (4, 3)}.get(name, (1, 5))
+    size, most = {"quest": (4, 3), "moba": (4, 2), "infllm_v2, small": (8, 2), "seerattention_r": (4, 3)}.get(
+        name, (1, 5)
+    )
     layers = {"quest": [2], "tidal, five layers": [2, 4]}.get(name, range(run.layers))
     for layer in layers:
         for sets in (head[-1] for head in run.reader.seen[layer]):
@@ -147,7 +158,7 @@ def test_attention_is_summed_after_narrowing_and_asked_again_before_it():
 
 
 def test_the_cut_of_a_prompt_matters_to_no_query_that_chooses_alone():
-    for name in ("quest", "moba", "infllm_v2, small", "seerattention", "powerattention", "bigbird, few"):
+    for name in ("moba", "infllm_v2, small", "seerattention", "bigbird, few"):
         case = CASES[name]
         whole = Oracle(case.model(), KeepAll(), case.reader())
         cut = Oracle(case.model(), KeepAll(chunk=7), case.reader())

@@ -1,4 +1,7 @@
-"""P1, P2, P3, P5, P8 of the systems that choose what queries read: each from its policy file, by tests/oracle_reads.py."""
+"""P1, P2, P3, P5, P8 of the systems that choose what queries read, each from its policy file.
+
+Truth is tests/oracle_reads.py: the published sets as plain loops.
+"""
 
 from dataclasses import replace
 
@@ -8,23 +11,22 @@ import torch
 import kvcompile
 from kvcompile.dsl import library
 from tests import oracle_policies as rules
+from tests import oracle_reads as reads
 from tests.driving import BACKENDS, call, drive, one_by_one, padded, same
 from tests.following import policy
 from tests.models import random_model, tokens
 from tests.oracle import Oracle
-from tests.reading import CASES, LIBRARY, NEAR_READ, TEXTS, TURNS, Case, agrees
+from tests.reading import CASES, LIBRARY, NEAR_READ, TEXTS, TURNS, Case, agrees, some
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize(("name", "backend"), some(LIBRARY, [n for n in LIBRARY if n != "llmdrop"], BACKENDS))
 def test_p1_reads_of_the_library_equal_the_oracle(name, backend):
     agrees(LIBRARY[name], backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(("text", "backend"), some(TEXTS, TEXTS, ["reference"]))
 def test_p1_reads_of_texts_equal_the_oracle(text, backend):
     agrees(TEXTS[text], backend)
 
@@ -32,7 +34,7 @@ def test_p1_reads_of_texts_equal_the_oracle(text, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ["llama128", "qwen64", "qwen128"])
-@pytest.mark.parametrize("name", [n for n in CASES if not CASES[n].changes])
+@pytest.mark.parametrize("name", [n for n in CASES if n != "llmdrop" and "tidal" not in n])
 def test_p1_reads_of_other_models_equal_the_oracle(name, family, backend):
     agrees(CASES[name], backend, family=family)
 
@@ -42,13 +44,32 @@ def test_p1_reads_of_other_models_equal_the_oracle(name, family, backend):
 def test_p1_of_infllm_v2_beyond_its_window(backend):
     """The library's block, kernel and window sizes: choices begin after 2048 + 64 tokens."""
     case = replace(LIBRARY["infllm_v2"], changes={"num_hidden_layers": 1, "hidden_size": 64})
-    agrees(case, backend, first=2300, steps=3)
+    agrees(case, backend, first=2200, steps=3)
+
+
+LONG = {
+    "powerattention": ({"size": 16, "n_sink": 5, "window": 40}, reads.PowerAttention(size=16, sink=5, window=40)),
+    "sparse_transformer": ({"size": 32}, reads.Fixed(size=32, start=1)),
+    "quest": ({"page": 16, "budget": 64}, reads.Quest(page=16, budget=64)),
+    "moba": ({"size": 32, "n": 3}, reads.MoBA(size=32, n=3)),
+    "seerattention": ({"size": 16, "tau": 0.05}, reads.Seer(size=16, tau=0.05)),
+    "seerattention_r": ({"size": 16, "budget": 64}, reads.SeerR(size=16, budget=64)),
+}
+
+
+@pytest.mark.parametrize(("name", "backend"), some(LONG, ["moba"]))
+def test_p1_reads_of_a_prompt_of_many_tiles_equal_the_oracle(name, backend):
+    """300 tokens, of pages as large as published ones nearly are: more than a tile of queries, keys or units."""
+    params, reading = LONG[name]
+    first = 2 if name == "quest" else 0
+    layers = {"num_hidden_layers": 3 if name == "quest" else 1}
+    agrees(Case(name, lambda: reads.in_layers(first, reading), params, changes=layers), backend, first=300, steps=20)
 
 
 def batch(case: Case) -> tuple[list[list[int]], list[list[int]]]:
     """Three prompts and four steps for each, in which no choice is a near tie."""
     for seed in range(0, 600, 100):
-        prompts = [tokens(n, seed=seed + n) for n in (29, 8, 17)]
+        prompts = [tokens(n, seed=seed + n) for n in (case.prompt - 8, 8, 17)]
         steps = [tokens(4, seed=seed + b) for b in range(3)]
         truths = [case.oracle() for _ in prompts]
         for truth, prompt, mine in zip(truths, prompts, steps, strict=True):
@@ -58,8 +79,7 @@ def batch(case: Case) -> tuple[list[list[int]], list[list[int]]]:
     raise AssertionError("a near tie, whatever the tokens")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["quest", "moba"]))
 def test_p2_reads_of_a_padded_batch_are_those_of_each_alone(name, backend):
     case = LIBRARY[name]
     prompts, steps = batch(case)
@@ -76,11 +96,20 @@ def test_p2_reads_of_a_padded_batch_are_those_of_each_alone(name, backend):
             found, cache = call(model, torch.tensor([[mine[step]] for mine in steps]), cache, mask)
 
 
-ALONE = ["powerattention", "bigbird", "quest", "tidal", "moba", "infllm_v2", "seerattention", "seerattention_r"]
+ALONE = [
+    "powerattention",
+    "sparse_transformer",
+    "bigbird",
+    "quest",
+    "tidal",
+    "moba",
+    "infllm_v2",
+    "seerattention",
+    "seerattention_r",
+]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize(("name", "backend"), some(ALONE, ["moba"]))
 def test_p3_the_cut_of_a_prompt_matters_to_no_query_that_chooses_alone(name, backend):
     """Pieces of 5 by a `keep all` that fires with every piece. What fires never or with chunks fires so here, too."""
     case = LIBRARY[name]
@@ -91,9 +120,9 @@ def test_p3_the_cut_of_a_prompt_matters_to_no_query_that_chooses_alone(name, bac
     agrees(replace(case, policy=cut), backend)
 
 
-@pytest.mark.parametrize("name", LIBRARY)
-def test_p5_reads_break_no_graph_and_make_none_anew(name):
-    model = LIBRARY[name].optimized("cpu", compile="eager")
+@pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["quest"]))
+def test_p5_reads_break_no_graph_and_make_none_anew(name, backend):
+    model = LIBRARY[name].optimized(backend, compile="eager")
     for seed, (length, steps) in enumerate(((3, 4), (40, 6), (17, 20), (2, 5), (64, 6))):
         ids = torch.tensor([tokens(length, seed=seed)])
         model.generate(ids, max_new_tokens=steps, do_sample=False)
@@ -102,13 +131,12 @@ def test_p5_reads_break_no_graph_and_make_none_anew(name):
     assert said["recompiles"] <= 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_reads_are_those_without_a_graph(backend):
-    for name in ("quest", "moba", "tidal", "powerattention"):
-        whole = drive(LIBRARY[name].optimized(backend), *TURNS[:6])
-        graph = drive(LIBRARY[name].optimized(backend, compile="eager"), *TURNS[:6])
-        for i, (mine, theirs) in enumerate(zip(graph, whole, strict=True)):
-            same(mine.logits[0], theirs.logits[0], f"{name}, call {i}")
+@pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["moba"]))
+def test_compiled_reads_are_those_without_a_graph(name, backend):
+    whole = drive(LIBRARY[name].optimized(backend), *TURNS[:6])
+    graph = drive(LIBRARY[name].optimized(backend, compile="eager"), *TURNS[:6])
+    for i, (mine, theirs) in enumerate(zip(graph, whole, strict=True)):
+        same(mine.logits[0], theirs.logits[0], f"call {i}")
 
 
 ATTEND_ALL = {
@@ -120,8 +148,7 @@ ATTEND_ALL = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("text", ATTEND_ALL)
+@pytest.mark.parametrize(("text", "backend"), some(ATTEND_ALL, ATTEND_ALL))
 def test_p8_attend_all_generates_the_tokens_of_the_untouched_model(text, backend):
     prompt = torch.tensor([tokens(33, seed=5), tokens(33, seed=6)])
     theirs = random_model().generate(prompt, **GREEDY)
@@ -139,11 +166,12 @@ DENSE = {
     "sampleattention": {"mass": "100%", "rows": "100%"},
     "seerattention": {"size": 4, "tau": -1},
     "seerattention_r": {"size": 4, "budget": 4096},
+    "sparse_transformer": {"size": 4096},
+    "vertical": {"n": 4096, "observe": 8},
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("name", "backend"), some(DENSE, ["quest", "moba"]))
 def test_p8_a_budget_as_large_as_the_context_is_dense_attention(name, backend):
     case = replace(LIBRARY[name], params=DENSE[name])
     truth = Oracle(case.model(), rules.KeepAll())

@@ -5,10 +5,10 @@ import torch
 
 import kvcompile
 from kvcompile import KvCache
-from tests.driving import BACKENDS, call, drive, one_by_one, padded, same
+from tests.driving import BACKENDS, call, drive, one_by_one, padded, same, some_slow
 from tests.following import policy
 from tests.models import tokens
-from tests.reading import LIBRARY, Case
+from tests.reading import LIBRARY, Case, some
 
 PAGE = "unit page(4) with lo = min[i] k, hi = max[i] k, c = mean[i] k"
 QUEST = "attend newest page | top(2) pages by sum[d] max(q * lo, q * hi) per query_head"
@@ -24,6 +24,7 @@ NAMES = {
     "a held set": Case(policy(PAGE, QUEST, "at chunk, every(3)"), lambda: None),
 }  # fmt: skip
 LAYOUTS = ("extents", "pages")
+PAIRS = some_slow(NAMES, LAYOUTS, [("quest", "extents"), ("quest on what is kept", "pages"), ("a held set", "extents")])
 FIRST, MORE = tokens(31, seed=1), tokens(9, seed=2)
 
 
@@ -47,8 +48,7 @@ def fresh(model):
     return list(enumerate(drive(model, FIRST, *one_by_one(MORE))[1:]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_selected_rows_go_on_as_a_fresh_run(name, layout):
     model = model_of(name, layout)
     alone = fresh(model)
@@ -58,8 +58,7 @@ def test_selected_rows_go_on_as_a_fresh_run(name, layout):
     goes_on(model, cache, alone[1:], 3, "selected")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_joined_and_cloned_caches_go_on_as_a_fresh_run(name, layout):
     model = model_of(name, layout)
     alone = fresh(model)
@@ -82,8 +81,7 @@ def test_a_cropped_cache_goes_on_as_a_fresh_run(name):
     goes_on(model, cache, alone[1:], 1, "cropped")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_a_saved_cache_goes_on_in_the_other_layout(name, layout, tmp_path):
     model = model_of(name, layout)
     alone = fresh(model)
@@ -95,8 +93,10 @@ def test_a_saved_cache_goes_on_in_the_other_layout(name, layout, tmp_path):
     goes_on(other, kvcompile.load_cache(other, tmp_path / "cache"), alone[4:], 1, "loaded")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["quest", "moba", "powerattention", "sampleattention", "seerattention_r"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    some(["quest", "moba", "powerattention", "sampleattention", "seerattention_r"], ["quest", "sampleattention"]),
+)
 def test_generate_of_a_padded_batch_gives_the_tokens_of_each_prompt_alone(name, backend):
     model = LIBRARY[name].optimized(backend)
     prompts = [tokens(n, seed=40 + n) for n in (33, 9, 21)]

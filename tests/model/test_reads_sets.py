@@ -6,10 +6,9 @@ import pytest
 
 from tests import oracle_read_sets as sets
 from tests import oracle_reads as reads
-from tests.driving import BACKENDS
 from tests.following import policy
 from tests.oracle_states import hashed
-from tests.reading import Case, agrees
+from tests.reading import Case, agrees, some
 
 PAGE = "unit page(4) with c = mean[i] k, lo = min[i] k, hi = max[i] k"
 DOT = "score s = dot(q, c)"
@@ -69,7 +68,8 @@ SETS: dict[str, Case] = {
         [PAGE, "attend newest page | sink(3)"], lambda p, a: p < 3 or p // 4 == a.place // 4
     ),
     "tokens per query head": case(
-        ["attend recent(3) | top(5) by logit per query_head", ALWAYS], recent(3), sets.of_tokens(sets.logit, sets.first(5)),
+        ["attend recent(3) | top(5) by logit per query_head", ALWAYS], recent(3),
+        sets.of_tokens(sets.logit, sets.first(5)),
         triggers=BOTH,
     ),
     "tokens per head": case(
@@ -102,7 +102,8 @@ SETS: dict[str, Case] = {
     ),
     "two choices": case(
         ["attend recent(2) | top(3) by attn per head | bottom(4) by norm(k) per head", ALWAYS], recent(2),
-        sets.of_tokens(sets.mean_of_group(sets.attn), sets.first(3)), sets.of_tokens(sets.length_of_key, sets.first(4, -1)),
+        sets.of_tokens(sets.mean_of_group(sets.attn), sets.first(3)),
+        sets.of_tokens(sets.length_of_key, sets.first(4, -1)),
         triggers=BOTH,
     ),
     "pages and a region that takes some": case(
@@ -175,14 +176,36 @@ SETS["pieces and steps by sets of their own"] = Case(
     ),
 )
 SETS["a set at the end of a prompt, another now and then"] = Case(
-    policy(PAGE, DOT, "attend sink(2) | recent(9)", "at prefill.end", "attend top(2) pages by s per query_head", "at every(4)"),
+    policy(
+        PAGE,
+        DOT,
+        "attend sink(2) | recent(9)",
+        "at prefill.end",
+        "attend top(2) pages by s per query_head",
+        "at every(4)",
+    ),
     lambda: reads.everywhere(
         reads.Window(sink=2, window=9, triggers=("prefill.end",)),
         sets.Union(choices=(sets.of_pages(4, sets.by_mean_key(4), sets.first(2)),), when=every(4)),
     ),
 )
+SETS["dense below a length"] = Case(
+    policy(PAGE, DOT, "attend top(2) pages by s per query_head", "at chunk if now >= 40, step if now >= 40"),
+    lambda: reads.everywhere(
+        sets.Union(
+            choices=(sets.of_pages(4, sets.by_mean_key(4), sets.first(2)),),
+            when=lambda oracle, layer, head: oracle.piece.now >= 40,
+        )
+    ),
+)
 SETS["layers by sets of their own"] = Case(
-    policy(PAGE, DOT, "layers 1: attend top(2) pages by s per query_head", "layers last: attend sink(2) | recent(5)", ALWAYS),
+    policy(
+        PAGE,
+        DOT,
+        "layers 1: attend top(2) pages by s per query_head",
+        "layers last: attend sink(2) | recent(5)",
+        ALWAYS,
+    ),
     lambda: reads.Reader(
         lambda layer, head: (
             (),
@@ -193,7 +216,14 @@ SETS["layers by sets of their own"] = Case(
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SETS)
+QUICK = [
+    "generated", "own unit from an offset", "powers of two of a unit", "tokens shared", "two choices",
+    "a cover of pages",
+    "pages that pass a threshold", "inside of each page", "at every second step beyond a length", "when it is long",
+    "pieces and steps by sets of their own", "layers by sets of their own",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "backend"), some(SETS, QUICK, ["reference"]))
 def test_p1_of_sets_that_queries_read(name, backend):
     agrees(SETS[name], backend)

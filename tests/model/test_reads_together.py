@@ -4,16 +4,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
+import torch
 
 from tests import oracle_policies as rules
 from tests import oracle_read_sets as sets
 from tests import oracle_reads as reads
-from tests.driving import BACKENDS
+from tests.driving import call, drive, one_by_one, padded, same
 from tests.following import END, H2O, STEPS, policy
+from tests.models import tokens
 from tests.oracle import Oracle, Piece
 from tests.oracle_states import Judge, at, top
 from tests.oracle_systems import PrefixKV
-from tests.reading import Case, agrees
+from tests.reading import Case, agrees, some
 
 PAGE = "unit page(4) with lo = min[i] k, hi = max[i] k, c = mean[i] k"
 BOUND = "score bound = sum[d] max(q * lo, q * hi)"
@@ -95,7 +97,8 @@ TOGETHER: dict[str, Case] = {
         rule=lambda: rules.H2O(heavy=Fraction(1, 2), local=Fraction(1, 10)),
     ),
     "blocks under a keep that asks queries again": Case(
-        policy(PAGE, "score s = mean[g] sum[q in last(3)] attn", "keep recent(3) | top(15) by s per head", STEPS, *MOBA),
+        policy(PAGE, "score s = mean[g] sum[q in last(3)] attn", "keep recent(3) | top(15) by s per head", STEPS,
+               *MOBA),
         lambda: reads.Reader(moba),
         rule=lambda: Judge(
             fires=at("prefill.end", "step"),
@@ -115,14 +118,15 @@ TOGETHER: dict[str, Case] = {
         lambda: reads.everywhere(reads.Window(sink=2, window=15)),
         rule=lambda: PrefixKV(budget=Fraction(1, 5)),
     ),
-    "peeked queries read all": Case(
+    "peeked queries choose as others and are asked for all": Case(
         policy(PAGE, "score s = mean[g] sum[q in peek(4)] attn", "keep frozen | top(50% of chunk) by s per head",
                "at chunk(8)", *MOBA),
         lambda: reads.Reader(moba),
         rule=lambda: rules.SnapKVChunked(chunk=8, observe=4, pool=1, ratio=Fraction(1, 2)),
     ),
     "random tokens of what streaming keeps": Case(
-        policy("keep sink(3) | recent(14)", "at chunk, step", "attend sink(1) | recent(4) | random(20, 5)", "at chunk, step"),
+        policy("keep sink(3) | recent(14)", "at chunk, step",
+               "attend sink(1) | recent(4) | random(20, 5)", "at chunk, step"),
         lambda: reads.everywhere(reads.BigBird(block=1, window=4, n=20, seed=5)),
         rule=lambda: rules.Streaming(sink=3, window=14),
     ),
@@ -178,8 +182,14 @@ def _asked_again(oracle, layer, head, piece):
     return set(near) | top(oracle, total[candidates].tolist(), candidates, 15)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TOGETHER)
+QUICK = [
+    "pages of what snapkv keeps", "pages of what h2o keeps, by the attention that was read",
+    "peeked queries choose as others and are asked for all",
+    "blocks under a keep that asks queries again", "what won is read", "a held set of what goes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "backend"), some(TOGETHER, QUICK, ["reference"]))
 def test_p1_of_keep_and_attend_together(name, backend):
     agrees(TOGETHER[name], backend)
 
@@ -190,10 +200,26 @@ RETRIEVAL = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", RETRIEVAL)
+@pytest.mark.parametrize(("name", "backend"), some(RETRIEVAL, RETRIEVAL))
 def test_p1_of_head_classes_whose_retrieval_heads_choose_pages(name, backend, tmp_path):
     (tmp_path / "mask.tsv").write_text("\n".join("\t".join(map(str, row)) for row in MASK) + "\n")
     text, reader = RETRIEVAL[name]
     options = {"tables": {"retrieval": str(tmp_path / "mask.tsv")}}
     agrees(Case(text, reader, options, rule=lambda: rules.prulong(MASK, 2, 9, 8)), backend)
+
+
+@pytest.mark.parametrize(("name", "backend"), some(TOGETHER, ["pages of what streaming keeps"]))
+def test_a_padded_batch_keeps_and_reads_what_each_does_alone(name, backend):
+    model = TOGETHER[name].optimized(backend)
+    prompts, steps = [tokens(n, seed=n) for n in (33, 9, 20)], [tokens(4, seed=b) for b in range(3)]
+    alone = [drive(model, prompt, *one_by_one(mine)) for prompt, mine in zip(prompts, steps, strict=True)]
+    ids, mask = padded(prompts, "left")
+    found, cache = call(model, ids, mask=mask)
+    for step in range(5):
+        for b in range(3):
+            logits = found.logits[b, mask[b].bool()] if step == 0 else found.logits[b]
+            assert found.kept[b] == alone[b][step].kept[0], f"row {b}, call {step}"
+            same(logits, alone[b][step].logits[0], f"row {b}, call {step}")
+        if step < 4:
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+            found, cache = call(model, torch.tensor([[mine[step]] for mine in steps]), cache, mask)

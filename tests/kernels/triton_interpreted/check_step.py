@@ -21,6 +21,8 @@ POLICIES: dict[str, dict[str, object]] = {
     "tova": {"budget": 16},
     "prulong": {"n_sink": 2, "window": 8, "c": 16, "tables": {"retrieval": "far.tsv"}},
     "streaming": {"n_sink": 2, "window": 12},
+    "moba": {"size": 8, "n": 2},
+    "powerattention": {"size": 4, "n_sink": 2, "window": 6},
 }
 
 
@@ -57,7 +59,7 @@ def run(model: Any, steps: int) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-SLOW = ("keep_all", "snapkv", "streaming")  # what the others show as well
+SLOW = ("keep_all", "snapkv", "streaming", "powerattention")  # what the others show as well
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in POLICIES])

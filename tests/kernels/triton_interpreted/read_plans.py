@@ -118,6 +118,13 @@ def power(size: int = 16, sink: int = 4, recent: int = 24, **facts: object) -> P
     return reading(terms, (UnitPlan("block", size, 0),), (sink, recent), triggers=(), **facts)  # type: ignore[arg-type]
 
 
+def fixed(size: int = 64, step: int = 7, **facts: object) -> PolicyPlan:
+    """The query's own block, which is as long as a span, and every so-many-th entry (arXiv 1904.10509)."""
+    terms = (Region("own", unit="block"), Region("stride", 0), Region("generated"))
+    return reading(terms, (UnitPlan("block", size, 0),), (step,), triggers=(), **facts)  # type: ignore[arg-type]
+
+
 EVERY: dict[str, Callable[..., PolicyPlan]] = {
     "quest": quest, "moba": moba, "infllm": infllm, "seer": seer, "cover": cover, "share": share, "power": power,
+    "fixed": fixed,
 }  # fmt: skip
