@@ -157,8 +157,8 @@ def methods(length: int, gates: Path) -> list[Method]:
 def distilled(model: Any, tokenizer: Any, folder: Path, steps: int, length: int) -> Path:
     """A gate of the model's own, from the maps of its attention on texts that are not asked below."""
     found = kvcompile.learn(
-        model, "seerattention_r_gated", f"suite:{SUITES[0]}", tokenizer=tokenizer, steps=steps, length=length // 2, seed=1,
-        size=BLOCK, budget=8 * BLOCK,
+        model, "seerattention_r_gated", f"suite:{SUITES[0]}", tokenizer=tokenizer, steps=steps, length=length // 2,
+        seed=1, size=BLOCK, budget=8 * BLOCK,
     )  # fmt: skip
     path = folder / "gates.safetensors"
     found.save(path)
