@@ -29,8 +29,8 @@ def check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | Non
             raise KvCompileError(
                 f"position_ids of sequence {b} are not {seq.seen} to {seq.seen + len(cols) - 1}, which its tokens are: "
                 "positions of one's own come by kvcompile.Spans alone; generate() with a cache takes the whole "
-                f"conversation so far ({cache.columns} columns are in this cache) and at least one new token behind it, "
-                "with an attention_mask of 1 for what it has written, padding behind a finished answer included"
+                f"conversation so far ({cache.columns} columns are in this cache) and at least one new token behind "
+                "it, with an attention_mask of 1 for what it has written, padding behind a finished answer included"
             )
 
 
