@@ -23,7 +23,7 @@ test-all: $(STAMPS)/dev  ## the slow tests too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not peer and not gpu"
 
 bench: $(STAMPS)/dev  ## speed on the CPU, side by side, into benchmarks/results; KVC_PEER_PYTHON adds the peers
-	@for script in attention_cpu decode_cpu language footprint; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	@for script in attention_cpu decode_cpu reads_cpu reads_recall language footprint; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 systems: $(STAMPS)/dev  ## the README's table of systems, from what the property tests show
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/model -k test_p -m "(not slow or recorded) and not gpu" --record-systems tests/systems.json

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"{host['cpu']}, {host['cores']} cores, {setting['threads']} threads, Python {host['python']}, {used}; "
         f"{setting['rounds']} rounds of {setting['calls']} calls, prefill {setting['slow_rounds']} rounds. "
-        "Made by `python benchmarks/reads_cpu.py`.",
+        f"Made by `{shlex.join(['python', 'benchmarks/reads_cpu.py', *sys.argv[1:]])}`.",
         "",
         HOW.format(sweep=setting["sweep"], q=32, kv=8, d=128, kernels=found["kernels"]),
     ]

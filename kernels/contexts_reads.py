@@ -1,6 +1,6 @@
 """What the templates of reads by units are filled with: landmarks, scores of units, regions of entries.
 
-Takes a `KernelSpec` of `marks` or `units`, gives the names that its template reads. The formulas are those of
+Takes a `KernelSpec` of `marks`, `units` or `spans`, gives the names that its template reads. The formulas are those of
 `unit_scores`, each stage printed over the axes of its tile.
 """
 

@@ -44,6 +44,12 @@ class Union(Reading):
         return sets
 
 
+def length(oracle: Oracle, layer: int, head: int) -> int:
+    """`len` in a forward: entries of a row with the new ones, those that the next query can read."""
+    reach, places = oracle.reach(layer), oracle.rows[layer][head].positions()
+    return len([p for p in places if not reach or p > oracle.piece.now + 1 - reach])
+
+
 Take = Callable[[Oracle, dict[int, float]], set[int]]  # the winners of a contest
 
 

@@ -53,7 +53,8 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.skipif(bool(no_interpreter()), reason=no_interpreter())
 @pytest.mark.parametrize(
-    "part", ["copy", "evict", *[pytest.param(name, marks=SLOW) for name in ("decode", "prefill", "model")]]
+    "part",
+    ["copy", "evict", *[pytest.param(name, marks=SLOW) for name in ("decode", "prefill", "model", "pages", "blocks")]],
 )
 def test_a_dry_run_of_each_part_works_and_files_nothing(part: str, tmp_path: Path) -> None:
     done = run("--dry", "--part", part, folder=tmp_path)
@@ -79,6 +80,7 @@ def test_the_page_that_is_filed_is_that_of_its_figures(gpu: Any) -> None:
     folder = ROOT / "benchmarks" / "results"
     results = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
     parts = tuple(m.PART for m in (gpu.copying, gpu.decoding, gpu.prefilling, gpu.evicting, gpu.generating))
+    parts += (gpu.reading.PAGED, gpu.reading.BLOCKED)
     plot = "gpu.png" if (folder / "gpu.png").exists() else None
     assert gpu.page.markdown(results, parts, plot) == (folder / "gpu.md").read_text(encoding="utf-8")
     claims = [claim.judged(gpu.page.flat(results["parts"])) for claim in gpu.claims.CLAIMS]
@@ -104,6 +106,12 @@ def rows_of(gpu: Any, **changes: Any) -> dict[str, list[dict[str, Any]]]:
             {"tokens": 65536, "local": 50, "live": 0.52, "ours": 30.0, "over_dense": 1.7},
         ],
         "evict": [{"part": 0.1}, {"part": 0.4}],
+        "pages": [
+            {"entries": 131072, "batch": 8, "over_dense": 1.0}, {"entries": 65536, "batch": 8, "over_dense": 4.5},
+        ],
+        "blocks": [
+            {"tokens": 65536, "sparse": 50, "over_dense": 1.1}, {"tokens": 65536, "sparse": 90, "over_dense": 4.2},
+        ],
         "model": [
             {"batch": batch, "context": 32768, "keep": keep, "compile": "cudagraph", "policy": policy, "tokens": tokens}
             for batch, keep, policy, tokens in (
@@ -120,8 +128,8 @@ def rows_of(gpu: Any, **changes: Any) -> dict[str, list[dict[str, Any]]]:
 
 def test_claims_hold_on_what_was_measured(gpu: Any) -> None:
     found = [claim.judged(rows_of(gpu)) for claim in gpu.claims.CLAIMS]
-    assert [claim["holds"] for claim in found] == ["yes"] * 8
-    values = [0.9, 1.04, 160 / 102, 1.7, 30 / 0.52 / 50, 0.4, 1900 / 800, 2500 / 800]
+    assert [claim["holds"] for claim in found] == ["yes"] * 10
+    values = [0.9, 1.04, 160 / 102, 1.7, 30 / 0.52 / 50, 0.4, 1900 / 800, 2500 / 800, 4.5, 4.2]
     assert [claim["found"] for claim in found] == pytest.approx(values)
 
 
@@ -129,6 +137,8 @@ def test_claims_hold_on_what_was_measured(gpu: Any) -> None:
     ("which", "changed", "holds"),
     [
         (0, {"decode__of_copy": 0.84}, "no"),
+        (8, {"pages__over_dense": 3.9}, "no"),
+        (9, {"blocks__over_dense": None}, "unmeasured"),
         (0, {"decode__of_copy": None}, "unmeasured"),
         (1, {"decode__scored": 106.0}, "no"),
         (2, {"decode__ragged": 150.0}, "no"),

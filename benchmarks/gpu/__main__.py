@@ -29,10 +29,13 @@ import evicting  # noqa: E402
 import generating  # noqa: E402
 import page  # noqa: E402
 import prefilling  # noqa: E402
+import reading  # noqa: E402
 import torch  # noqa: E402
 from measuring import Bench, Part, machine  # noqa: E402
 
-PARTS: tuple[Part, ...] = (copying.PART, decoding.PART, prefilling.PART, evicting.PART, generating.PART)
+PARTS: tuple[Part, ...] = (
+    copying.PART, decoding.PART, prefilling.PART, evicting.PART, generating.PART, reading.PAGED, reading.BLOCKED,
+)  # fmt: skip
 
 
 def main() -> int:

@@ -119,4 +119,14 @@ CLAIMS = (
         "the same at equal memory, batch 64 over batch 16 (no limit was set: faster at all)",
         "model", 1.0, True, _gain(64),
     ),
+    Claim(
+        "a step over chosen pages (1024 tokens of 64k, 8 sequences): times faster than over all",
+        "pages", 4.0, True,
+        _worst(lambda row: row.get("over_dense"), lambda row: row["entries"] == 65536 and row["batch"] == 8, min),
+    ),
+    Claim(
+        "a prompt of 64k by chosen blocks, 90 % not read: times faster than dense SDPA",
+        "blocks", 4.0, True,
+        _worst(lambda row: row.get("over_dense"), lambda row: row["tokens"] == 65536 and row["sparse"] == 90, min),
+    ),
 )  # fmt: skip

@@ -91,6 +91,19 @@ def flex_prefill(
     return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True)
 
 
+def flex_blocks(bench: Bench, q: Tensor, k: Tensor, v: Tensor, reads: Tensor, size: int) -> Callable[[], Tensor]:
+    """Causal attention of a prompt; reads bool [Hq, blocks, blocks]: which blocks one of `size` queries reads."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, q_at: Tensor, kv_at: Tensor) -> Tensor:
+        return (kv_at <= q_at) & reads[h, q_at // size, kv_at // size]
+
+    compiled = {} if bench.dry else {"_compile": True}
+    mask = create_block_mask(sees, 1, q.shape[1], q.shape[2], k.shape[2], device=str(bench.device), **compiled)
+    attend = flex(bench.dry)
+    return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True)
+
+
 def topk_gather(k: Tensor, v: Tensor, score: Tensor, keep: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """What eager policies do: the best entries by score [B, H, N], copied out of keys and values [B, H, N, D]."""
 

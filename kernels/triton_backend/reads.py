@@ -124,7 +124,11 @@ class PieceReading:
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, **variant: Any) -> Tensor:
         """As `attend.attend`: [B, m, Hq, D]."""
-        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+        return attend(self.blocks, site, q, k, v, scale, **variant, **self.choose(site, q, k))
+
+    def choose(self, site: Site, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+        """What the queries q [B, Hq, m, D] of a piece with keys k [B, Hkv, m, D] read, as `blocks` takes it."""
+        q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
         new, peek, start, prompt = (
             site.clock[:, column] for column in (Clock.NEW, Clock.PEEK, Clock.START, Clock.PROMPT)
         )
@@ -147,8 +151,7 @@ class PieceReading:
             )  # fmt: skip
         assert made is not None
         lists = {name: made[name] for name in ("lists", "totals", "bits")}
-        more = lists | {"by": by, "prompt": prompt, "numbers": site.counts}
-        return attend(self.blocks, site, q, k, v, scale, **variant, **more)
+        return lists | {"by": by, "prompt": prompt, "numbers": site.counts}
 
     def _by(self, site: Site) -> Tensor:
         """By which read each row's queries go in this forward, int32 [B * Hkv], -1: by none."""

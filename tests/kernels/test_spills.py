@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcompile.kernels.choose import specs_for
+from kvcompile.kernels.choose_listed import listed_specs
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.offline import Resources, compile_apart
 from kvcompile.kernels.plan import Expr, PolicyPlan, Region, Selection
@@ -18,6 +19,7 @@ from kvcompile.kernels.render import render, write
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.passes.slide import slide
 from tests.kernels.triton_interpreted.plans import ACC, H2O, PREFILL_END, STEP, attn, plan, reduce
+from tests.kernels.triton_interpreted.read_plans import EVERY
 
 pytest.importorskip("triton")
 ARCHES = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -86,6 +88,21 @@ def test_choosing_and_moving_kernels_do_not_spill(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_variants_of_attention_compile_and_do_not_spill(tmp_path: Path, arch: str) -> None:
     assert spilled(compiled(tmp_path, "bfloat16", 96, 5, (arch,), ("decode", "columns", "evict"), varied)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_kernels_of_reads_compile_everywhere_and_hardly_spill(tmp_path: Path, arch: str, size: int) -> None:
+    """A few registers at most: choices in a piece hold queries, landmarks and scores at once."""
+    paths = []
+    for name, make in EVERY.items():
+        plan = make(dtype="bfloat16", head_dim=size, group=4, kv_heads=8)
+        specs = listed_specs(plan)
+        paths += [write(render(s, header_for(plan, s)), tmp_path / f"{name}_{s.name}.py") for s in specs]
+    found = [used for kernels in compile_apart(paths, (arch,)).values() for used in kernels]
+    assert {used.kernel for used in found} >= {"units_kernel", "choose_kernel", "chosen_kernel", "tiles_kernel"}
+    assert [used.line() for used in found if used.spill_stores > 64 or not used.fits or not used.registers] == []
 
 
 @pytest.mark.slow

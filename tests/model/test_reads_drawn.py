@@ -6,20 +6,24 @@ Each seed is a policy's text and the same set as plain loops; numbers of tokens 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
+import torch
 
 from tests import oracle_policies as rules
 from tests import oracle_read_sets as sets
 from tests import oracle_reads as reads
-from tests.driving import BACKENDS
+from tests.driving import BACKENDS, call, drive, padded, same
 from tests.following import policy
+from tests.models import tokens
 from tests.oracle_states import hashed
 from tests.reading import Case, NearTie, agrees
 
 SIZES = (2, 3, 4, 7)
+Reading = Callable[[], reads.Reading]
 
 
 def _bound(size: int) -> sets.Score:
@@ -81,40 +85,71 @@ def _fires(text: str) -> Callable[..., bool]:
                 now = piece.step > 0 and piece.step % int(name[6:-1]) == 0
             else:
                 now = piece.fires(name)
-            found |= now and (not cond or len(oracle.rows[layer][head]) > 20)
+            found |= now and (not cond or sets.length(oracle, layer, head) > 20)
         return found
 
     return fires
 
 
-def drawn(seed: int) -> Case:
-    draw = random.Random(seed)
-    at, keep = draw.choice(TRIGGERS), draw.choice(list(KEEPS))
-    # Heads share all choices or none, and only among the same entries.
-    shared = "top" not in keep and draw.random() < 0.25
-    scopes = ["shared heads"] if shared else ["per query_head", "per head"]
-    # Regions that reach beyond those of `keep` are an error.
+def part(draw: random.Random, keep: str, tag: str = "", shared: bool = False) -> tuple[list[str], Reading]:
+    """A unit, an `attend` and its `at`; and the same as one reading of all rows that it is meant for."""
+    at = draw.choice(TRIGGERS)
+    # Regions that reach beyond those of `keep` are an error; heads that share a choice must have the same regions.
     regions = ["recent", "random"] if "sink" in keep else list(REGIONS)
-    regions = [name for name in regions if not shared or name != "random"]  # heads draw apart
+    regions = [name for name in regions if not shared or name != "random"]
     near = [(draw.choice(regions), draw.randint(1, 9)) for _ in range(draw.randint(0, 2))]
     words = [x if x in ("prompt", "generated") else f"{x}({n}, 5)" if x == "random" else f"{x}({n})" for x, n in near]
     size, choices = draw.choice(SIZES), []
     for _ in range(draw.randint(0 if near else 1, 2)):
-        scope, over_units = draw.choice(scopes), draw.random() < 0.6
+        scope = "shared heads" if shared else draw.choice(["per query_head", "per head"])
+        over_units = draw.random() < 0.6
         name = draw.choice(list(OF_UNITS if over_units else OF_TOKENS))
-        score = OF_UNITS[name](size) if over_units else OF_TOKENS[name]
-        score = SCOPES[scope](score)
+        score = SCOPES[scope](OF_UNITS[name](size) if over_units else OF_TOKENS[name])
         rank, take = draw.choice(_takes(draw.randint(1, 6)))
         choices.append(sets.of_pages(size, score, take) if over_units else sets.of_tokens(score, take))
-        words.append(f"{rank} {'pages ' if over_units else ''}by {name} {scope}")
-    unit = f"unit page({size}) with c = mean[i] k, lo = min[i] k, hi = max[i] k"
-    text = policy(*([keep] if keep else []), unit, f"attend {' | '.join(words)}", f"at {at}")
+        named = re.sub(r"\b(c|lo|hi)\b", rf"\g<1>{tag}", name) if over_units else name
+        words.append(f"{rank} {f'page{tag}s ' if over_units else ''}by {named} {scope}")
+    unit = f"unit page{tag}({size}) with c{tag} = mean[i] k, lo{tag} = min[i] k, hi{tag} = max[i] k"
+
+    def region(p: int, asked: reads.Asked) -> bool:
+        return any(REGIONS[x](p, asked, n) for x, n in near)
+
+    return [unit, f"attend {' | '.join(words)}", f"at {at}"], lambda: sets.Union(
+        near=region, choices=tuple(choices), when=_fires(at)
+    )
+
+
+def drawn(seed: int) -> Case:
+    """One set for all rows."""
+    draw = random.Random(seed)
+    keep = draw.choice(list(KEEPS))
+    # Heads share a choice among the same entries only.
+    clauses, reading = part(draw, keep, shared="top" not in keep and draw.random() < 0.25)
+    text = policy(*([keep] if keep else []), *clauses)
+    return Case(text, lambda: reads.everywhere(reading()), rule=KEEPS[keep])
+
+
+MASK = ((1, 0), (0, 1), (0, 0))
+
+
+def apart(seed: int, table: str) -> Case:
+    """A set for each of three layers, or for each of two head classes, each with triggers and units of its own."""
+    draw = random.Random(seed)
+    keep = draw.choice(list(KEEPS))
+    by_heads = draw.random() < 0.5
+    names = ["one", "two"] if by_heads else ["layers 0", "layers 1", "layers 2"]
+    parts = [part(draw, keep, tag=str(i)) for i in range(len(names))]
+    clauses = [[unit, f"{name}: {attend}", at] for name, ((unit, attend, at), _) in zip(names, parts, strict=True)]
+    text = policy(*([keep] if keep else []), *(line for lines in clauses for line in lines))
+    params: dict[str, object] = {"tables": {"one": table}} if by_heads else {}
+    if by_heads:
+        text = f'heads one = table("table.tsv")\nheads two = rest\n\n{text}'
 
     def reader() -> reads.Reader:
-        region = lambda p, asked: any(REGIONS[x](p, asked, n) for x, n in near)  # noqa: E731
-        return reads.everywhere(sets.Union(near=region, choices=tuple(choices), when=_fires(at)))
+        made = [reading() for _, reading in parts]
+        return reads.Reader(lambda layer, head: (made[1 - MASK[layer][head] if by_heads else layer],))
 
-    return Case(text, reader, rule=KEEPS[keep])
+    return Case(text, reader, params, rule=KEEPS[keep])
 
 
 def _takes(n: int) -> list[tuple[str, Callable[[reads.Asked], sets.Take]]]:
@@ -125,11 +160,11 @@ def _takes(n: int) -> list[tuple[str, Callable[[reads.Asked], sets.Take]]]:
     ]
 
 
-def check(seeds: range, backend: str) -> None:
+def check(seeds: range, backend: str, make: Callable[[int], Case] = drawn) -> None:
     """Asserts agreement for each seed; few may be left out because their choices are near ties with any tokens."""
     compared = 0
     for seed in seeds:
-        case = drawn(seed)
+        case = make(seed)
         try:
             agrees(case, backend, first=29 + seed % 7, steps=7)
         except NearTie:
@@ -149,3 +184,37 @@ def test_p1_of_drawn_reads():
 @pytest.mark.parametrize("block", range(8))
 def test_p1_of_many_drawn_reads(block, backend):
     check(range(100 + 25 * block, 125 + 25 * block), backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", range(4))
+def test_p1_of_layers_and_heads_that_read_apart(block, backend, tmp_path):
+    table = tmp_path / "table.tsv"
+    table.write_text("\n".join("\t".join(map(str, row)) for row in MASK) + "\n")
+    check(range(400 + 15 * block, 415 + 15 * block), backend, lambda seed: apart(seed, str(table)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", range(4))
+def test_p2_of_rows_in_unlike_phases(block, backend):
+    """Six calls of three sequences: each brings a prompt, a step's token or nothing, and reads what it does alone."""
+    for seed in range(500 + 10 * block, 510 + 10 * block):
+        draw, case = random.Random(seed), drawn(seed)
+        model = case.optimized(backend)
+        calls = [[draw.randint(2, 30) for _ in range(3)]]
+        calls += [[draw.choice([0, 1, 1, 1, draw.randint(2, 9)]) for _ in range(2)] + [1] for _ in range(5)]
+        fed = [[tokens(n, seed=1000 * seed + 10 * i + b) for b, n in enumerate(row)] for i, row in enumerate(calls)]
+        alone = [drive(model, *(row[b] for row in fed if row[b])) for b in range(3)]
+        cache, mask, done = None, torch.zeros(3, 0, dtype=torch.long), [0] * 3
+        for row in fed:
+            ids, new = padded(row, "left")
+            mask = torch.cat([mask, new], 1)
+            found, cache = call(model, ids, cache, mask)
+            for b in range(3):
+                if row[b]:
+                    truth = alone[b][done[b]]
+                    assert found.kept[b] == truth.kept[0], f"seed {seed}\n{case.policy}"
+                    same(found.logits[b, new[b].bool()], truth.logits[0], f"seed {seed}\n{case.policy}")
+                    done[b] += 1

@@ -67,6 +67,17 @@ SETS = {
         lambda: reads.everywhere(reads.Quest(page=4, budget=8)),
         lambda: HeavyHitters(heavy=Fraction(2, 5), local=Fraction(1, 5)),
     ),
+    "beyond a length": (
+        policy(PAGE, MOBA, "at step if len > 8"),
+        lambda: reads.everywhere(
+            sets.Union(
+                near=lambda p, a: p // 4 == a.place // 4,
+                choices=(sets.of_pages(4, sets.by_mean_key(4), sets.first(2)),),
+                when=lambda o, layer, head: o.piece.kind == "step" and sets.length(o, layer, head) > 8,
+            )
+        ),
+        KeepAll,
+    ),
     "held": (
         policy(PAGE, MOBA, "at chunk"),
         lambda: reads.everywhere(reads.MoBA(size=4, n=3, triggers=("chunk",))),

@@ -38,13 +38,13 @@ def random(n, seed):
 
 def after(length):
     """`if len > n`, by the row's entries with the new ones."""
-    return lambda oracle, layer, head: oracle.piece.kind == "step" and len(oracle.rows[layer][head]) > length
+    return lambda oracle, layer, head: oracle.piece.kind == "step" and sets.length(oracle, layer, head) > length
 
 
 def every(n, length=0):
     def when(oracle, layer, head):
         step = oracle.piece.step
-        return step > 0 and step % n == 0 and len(oracle.rows[layer][head]) > length
+        return step > 0 and step % n == 0 and sets.length(oracle, layer, head) > length
 
     return when
 
@@ -160,7 +160,7 @@ SETS: dict[str, Case] = {
     ),
     "when it is long": case(
         ["attend sink(1) | recent(4)", "at when len > 42"], lambda p, a: p < 1 or p > a.place - 4,
-        when=lambda oracle, layer, head: len(oracle.rows[layer][head]) > 42,
+        when=lambda oracle, layer, head: sets.length(oracle, layer, head) > 42,
     ),
     "counts that grow": case(
         ["attend sink(2) | recent(len / 3)", "at step"], lambda p, a: p < 2 or p > a.place - (a.place + 1) // 3,

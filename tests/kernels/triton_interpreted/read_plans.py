@@ -96,8 +96,8 @@ def seer(tau: Fraction = Fraction(1, 5), size: int = 16, **facts: object) -> Pol
     return reading((Region("own", unit="block"), choice), (unit,), **facts)  # type: ignore[arg-type]
 
 
-def cover(part: Fraction = Fraction(1, 2), size: int = 16, scope: str = "head", **facts: object) -> PolicyPlan:
-    """The fewest pages that hold a part of the mass."""
+def cover(part: Fraction = Fraction(2, 5), size: int = 16, scope: str = "head", **facts: object) -> PolicyPlan:
+    """The fewest pages that hold a part of the mass: no half, where two heads that are sure of one page each stop."""
     unit = UnitPlan("page", size, 0, (("c", reduce("mean", "i", K)),))
     soft = reduce("softmax", "u", dot(Q, mark("page", "c")))
     score = asked(soft if scope == "query_head" else reduce("mean", "g", soft))
