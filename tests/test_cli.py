@@ -136,8 +136,8 @@ def test_check_strict_counts_warnings(capsys: pytest.CaptureFixture[str], policy
 
 
 def test_check_refuses_what_cannot_be_lowered(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "check", "quest")
-    assert code == 1 and "error[K9" in err and "quest.kvp:" in err
+    code, _, err = run(capsys, "check", "kivi")
+    assert code == 1 and "error[K9" in err and "kivi.kvp:" in err
 
 
 def test_check_takes_parameters(capsys: pytest.CaptureFixture[str], policy: Path) -> None:
