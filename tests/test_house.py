@@ -131,6 +131,7 @@ def test_named_pages_exist() -> None:
     known = pages | {page.rpartition("/")[2] for page in pages}
     for path in (*sources(*LAYERS, "examples", "benchmarks"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         missing = set(named.findall(path.read_text(encoding="utf-8"))) - known - {"decode_cpu.md"}  # a result
+        missing = {page for page in missing if not (path.parent / page).exists()}
         assert not missing, f"{path} names {missing}"
 
 
