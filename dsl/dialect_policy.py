@@ -40,7 +40,7 @@ from kvcompile.dsl import dialect_sources as sources
 from kvcompile.dsl.dialect import INT, ExprType, axes_of, one_of, rational
 from kvcompile.dsl.dialect_counts import BytesOp, PartOp, ShareOp, ShareType
 from kvcompile.dsl.dialect_losers import LoserOp, LoserType
-from kvcompile.dsl.dialect_reads import NamesLayers, OffOp, ReadersOp, layers_attr
+from kvcompile.dsl.dialect_reads import NamesRows, OffOp, ReadersOp
 from kvcompile.dsl.dialect_sets import AttendOp, KeepOp, PickOp, RegionOp, SetType, TopOp, TriggerAttr, UnionOp
 
 PROBES = ("induction", "echo")
@@ -200,25 +200,13 @@ class HeadsOp(IRDLOperation):
 
 
 @irdl_op_definition
-class ClassOp(NamesLayers):
+class ClassOp(NamesRows):
     """A class of rows, as its prefix says: `kv.class @local heads "local" layers array<i64: 2, -1>`.
 
     Without heads and layers: every row that no other class takes.
     """
 
     name = "kv.class"
-    sym_name = prop_def(SymbolNameConstraint())
-    heads = opt_prop_def(StringAttr)
-    traits = traits_def(SymbolOpInterface())
-    assembly_format = "$sym_name (`heads` $heads^)? (`layers` $layers^)? attr-dict"
-
-    def __init__(self, name: str, heads: str | None, layers: Sequence[tuple[int, int]] | None) -> None:
-        properties: dict[str, Attribute] = {"sym_name": StringAttr(name)}
-        if heads is not None:
-            properties["heads"] = StringAttr(heads)
-        if layers is not None:
-            properties["layers"] = layers_attr(layers)
-        super().__init__(properties=properties)
 
 
 @irdl_op_definition

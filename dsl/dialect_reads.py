@@ -40,14 +40,9 @@ def layers_attr(layers: Sequence[tuple[int, int]]) -> DenseArrayBase:
     return DenseArrayBase.from_list(i64, [end for pair in layers for end in pair])
 
 
-@irdl_op_definition
-class ReadersOp(NamesLayers):
-    """Rows whose reads are said together: `kv.readers @"reads far" heads "far"`; without prefix, all that no other has.
+class NamesRows(NamesLayers):
+    """An op that names rows by their prefix, and is a symbol; without heads and layers: all that no other takes."""
 
-    Rows without any, or of readers without a `kv.attend`, read all.
-    """
-
-    name = "kv.readers"
     sym_name = prop_def(SymbolNameConstraint())
     heads = opt_prop_def(StringAttr)
     traits = traits_def(SymbolOpInterface())
@@ -60,6 +55,16 @@ class ReadersOp(NamesLayers):
         if layers is not None:
             properties["layers"] = layers_attr(layers)
         super().__init__(properties=properties)
+
+
+@irdl_op_definition
+class ReadersOp(NamesRows):
+    """Rows whose reads are said together: `kv.readers @"reads far" heads "far"`; without prefix, all that no other has.
+
+    Rows without any, or of readers without a `kv.attend`, read all.
+    """
+
+    name = "kv.readers"
 
 
 @irdl_op_definition
