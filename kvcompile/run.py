@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.layout import Clock
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.passes.reading import idle_weights, step_reads
 from kvcompile.sequences import Piece
 from kvcompile.store import ExtentStore, PagedStore, to_device
 
@@ -132,7 +134,8 @@ class Run:
         seen = sum(self.tokens)
         entries = int(lengths.sum())
         full = sum(facts.untouched(tokens) for tokens in self.tokens) * facts.entry_bytes
-        read = entries * facts.entry_bytes
+        weights = facts.weight_bytes - idle_weights(self.plan)
+        read = weights + self._step_bytes(lengths)
         return {
             "kept": entries / (seen * heads) if seen else 1.0,
             "bytes_resident": self.store.bytes_resident(),
@@ -141,8 +144,21 @@ class Run:
             "bytes_peak": max(self.bytes_peak, self.store.bytes_allocated()),
             "lengths": lengths[:, 0].tolist(),
             "evictions": seen * len(self.plan.live) * facts.kv_heads - entries,
-            "ceiling": (facts.weight_bytes + full) / (facts.weight_bytes + read) if facts.weight_bytes + read else 1.0,
+            "ceiling": (facts.weight_bytes + full) / read if read else 1.0,
         }
+
+    def _step_bytes(self, lengths: Tensor) -> int:
+        """Keys, values and landmarks that a decode step reads of rows of these lengths."""
+        entry, total = self.plan.facts.entry_bytes, 0.0
+        if not self.plan.reads:
+            return int(lengths.sum()) * entry
+        for b, (tokens, clock) in enumerate(zip(self.tokens, self.store.clock.tolist(), strict=True)):
+            held = lengths[:, b].tolist()
+            rows = {(layer, head): n for layer, line in enumerate(held) for head, n in enumerate(line)}
+            prompt = min(clock[Clock.PROMPT], tokens)
+            step = step_reads(self.plan, rows, prompt, tokens - prompt, {})
+            total += step.entries * entry + step.landmark_bytes
+        return int(total)
 
     def numbers(self) -> dict[str, object]:
         """The figures of the report, in its keys. `lengths` is that of the first sequence; ratios are means over

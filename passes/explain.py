@@ -23,7 +23,7 @@ from kvcompile.passes.facts import model_facts
 from kvcompile.passes.footprint import Footprint, Spent, footprint
 from kvcompile.passes.held import Held, held
 from kvcompile.passes.pipeline import compile_policy
-from kvcompile.passes.reading import ReadFacts, StepReads, step_reads
+from kvcompile.passes.reading import ReadFacts, StepReads, idle_weights, residents, step_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +236,8 @@ def explain(
     memory: Held = held(plan, prompt, generate, paged=in_pages)
     everything = facts.untouched(prompt + generate)
     full = everything * facts.entry_bytes * batch
-    step = step_reads(plan, memory, prompt, generate, read_clauses(compiled.resolved))
-    weights = facts.weight_bytes - _idle_weights(plan)
+    step = step_reads(plan, residents(plan, memory), prompt, generate, read_clauses(compiled.resolved))
+    weights = facts.weight_bytes - idle_weights(plan)
     read = weights + batch * int(step.entries * facts.entry_bytes + step.landmark_bytes)
     return Explanation(
         plan=plan,
@@ -291,13 +291,6 @@ def _on_cpu(source: Any) -> bool:
     if not hasattr(source, "parameters"):
         return False
     return str(next(source.parameters()).device.type) == "cpu"
-
-
-def _idle_weights(plan: PolicyPlan) -> int:
-    """Bytes of the projections of layers that are off, which no step reads."""
-    facts = plan.facts
-    each = 2 * (facts.q_heads + facts.kv_heads) * facts.head_dim * facts.hidden
-    return min(facts.weight_bytes, len(plan.off) * each * (facts.entry_bytes // (2 * facts.head_dim)))
 
 
 def _step(facts: ModelFacts, weights: int, step: StepReads, batch: int) -> Traffic:

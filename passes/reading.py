@@ -90,9 +90,11 @@ class _Size:
     sure: bool
 
 
-def step_reads(plan: PolicyPlan, memory: Held, prompt: int, generate: int, clauses: Mapping[str, str]) -> StepReads:
-    """What a decode step reads after a prompt and `generate` steps. clauses: by name of the readers, as written."""
-    resident = _residents(plan, memory)
+def step_reads(
+    plan: PolicyPlan, resident: Mapping[tuple[int, int], float], prompt: int, generate: int, clauses: Mapping[str, str]
+) -> StepReads:
+    """What a decode step reads after a prompt and `generate` steps. resident: entries of each (layer, KV head);
+    clauses: by name of the readers, as written."""
     everything = sum(resident.values())
     if not plan.reads:
         return StepReads((), everything, 0)
@@ -130,7 +132,7 @@ def step_reads(plan: PolicyPlan, memory: Held, prompt: int, generate: int, claus
     return StepReads(tuple(facts), everything - less, landmarks)
 
 
-def _residents(plan: PolicyPlan, memory: Held) -> dict[tuple[int, int], float]:
+def residents(plan: PolicyPlan, memory: Held) -> dict[tuple[int, int], float]:
     """Entries of each (layer, KV head) at the end, means where only sums are known."""
     out: dict[tuple[int, int], float] = {}
     for group, by_layer in memory.groups:
@@ -139,6 +141,13 @@ def _residents(plan: PolicyPlan, memory: Held) -> dict[tuple[int, int], float]:
             heads = plan.heads(layer, owner)
             out |= {(layer, head): entries / len(heads) for head in heads}
     return dict(sorted(out.items()))
+
+
+def idle_weights(plan: PolicyPlan) -> int:
+    """Bytes of the projections of layers that are off, which no step reads."""
+    facts = plan.facts
+    each = 2 * (facts.q_heads + facts.kv_heads) * facts.head_dim * facts.hidden
+    return min(facts.weight_bytes, len(plan.off) * each * (facts.entry_bytes // (2 * facts.head_dim)))
 
 
 def _of_row(plan: PolicyPlan, read: ReadPlan, reach: int, resident: float, prompt: int, generate: int) -> _Size:

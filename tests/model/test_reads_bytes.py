@@ -35,6 +35,18 @@ def test_p4_memory_of_reads_is_what_is_held_and_within_the_plan(name, backend):
     assert report["bytes_peak"] <= plan["bytes_peak"] + BOOKKEEPING
 
 
+@pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["quest", "llmdrop"]))
+def test_the_ceiling_of_a_run_counts_what_its_steps_read(name, backend):
+    """Bytes read, not bytes held: what `explain` says before the run, the report says after it."""
+    case = LIBRARY[name]
+    planned = kvcompile.explain(case.policy, case.model(), prompt=200, generate=12, **case.params).to_dict()
+    model = case.optimized(backend)
+    drive(model, PROMPT, *one_by_one(STEPS))
+    told = kvcompile.report(model).to_dict()
+    assert told["ceiling"] == pytest.approx(planned["ceiling"], rel=1e-9)
+    assert told["bytes_resident"] < told["bytes_full"] or told["ceiling"] > 1.0
+
+
 @pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["tidal", "llmdrop"]))
 def test_p6_footprint_of_reads_is_that_of_the_full_cache(name, backend):
     """Layers that are off hold nothing and count as heads that hold nothing."""
