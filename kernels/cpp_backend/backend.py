@@ -14,7 +14,6 @@ from kvcompile.kernels.cpp_backend.reads import Reads
 from kvcompile.kernels.cpp_backend.step import Steps
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.kernels.reads import narrows
 from kvcompile.kernels.states import UNTRAINED, Weights
 
 
@@ -33,7 +32,7 @@ class Cpp:
     def attend_prefill(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights = UNTRAINED
     ) -> Tensor:
-        if narrows(plan, site):
+        if self._reads.narrows(plan, site):
             out = self._reads.prefill(plan, site, q, k, v, scale)
         else:
             out = piece.attend_prefill(plan, site, q, k, v, scale)
@@ -47,7 +46,7 @@ class Cpp:
     def attend_step(
         self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Weights
     ) -> Tensor:
-        by = self._reads.step if narrows(plan, site) else self._steps.attend
+        by = self._reads.step if self._reads.narrows(plan, site) else self._steps.attend
         out = by(plan, site, q, k, v, scale)
         return cpu.attend_step(plan, site, q, k, v, scale, weights) if out is None else out
 

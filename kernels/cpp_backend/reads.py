@@ -17,11 +17,12 @@ from kvcompile.kernels import reference
 from kvcompile.kernels.choose_reads import blocks_spec, grain_of, marks_spec, spans_spec, units_spec
 from kvcompile.kernels.cpp_backend.library import CppLibrary, cpp_library
 from kvcompile.kernels.cpp_backend.prefill import Piece, piece_of
-from kvcompile.kernels.cpp_backend.site import CSite, c_site
+from kvcompile.kernels.cpp_backend.site import CSite, c_site, layer_of
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.marks import MarksLayout, layout_of
 from kvcompile.kernels.plan import PolicyPlan, ReadRule
+from kvcompile.kernels.reads import narrows
 
 _address, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _Strides = _long * 6
@@ -75,21 +76,29 @@ class _Kernels:
     marks: Any
     beside: tuple[str, ...] = ()  # what spans takes of the model's attention
     rules: dict[tuple[int, int], _Rule | None] = field(default_factory=dict)
-    _readers: dict[int, tuple[object, Any]] = field(
-        default_factory=dict
-    )  # of each layer the latest, and what it was of
+    # Of each layer the latest, and what it was of: a step asks for them anew in every layer.
+    _readers: dict[int, tuple[object, Any]] = field(default_factory=dict)
     _marks: dict[int, tuple[object, Any]] = field(default_factory=dict)
+    _narrows: dict[int, tuple[bytes, bool]] = field(default_factory=dict)
 
     def readers(self, site: Site, layer: int) -> Any:
         """How each KV head of a layer reads in this forward; None where it needs the definition."""
-        new = site.clock[:, Clock.NEW].tolist()
-        fires = site.fires[len(self.plan.classes) :].tolist()
-        own = tuple(b for b, n in enumerate(new) if n)
-        where = (site.marks, site.edges, site.picked)
-        key = own, fires, [(t.data_ptr(), t.shape) for t in where]
+        new, fires = _news(site), _fires_of(site)
+        where = (site.marks.data_ptr(), site.marks.shape[2], site.edges.data_ptr(), site.picked.data_ptr())
+        key = new, fires, where, site.picked.shape
         known = self._readers.get(layer)
         if known is None or known[0] != key:
-            known = self._readers[layer] = key, _readers(self, site, layer, own, fires)
+            own = tuple(b for b, n in enumerate(new) if n)
+            lines = site.fires[len(self.plan.classes) :].tolist()
+            known = self._readers[layer] = key, _readers(self, site, layer, own, lines)
+        return known[1]
+
+    def narrows(self, site: Site) -> bool:
+        """`reads.narrows`, remembered as long as the same triggers fire."""
+        layer, fires = layer_of(site), _fires_of(site)
+        known = self._narrows.get(layer)
+        if known is None or known[0] != fires:
+            known = self._narrows[layer] = fires, narrows(self.plan, site)
         return known[1]
 
     @classmethod
@@ -140,6 +149,10 @@ class Reads:
             found = self._known[id(plan)] = _Kernels.of(plan)
         return found
 
+    def narrows(self, plan: PolicyPlan, site: Site) -> bool:
+        """As `reads.narrows`."""
+        return bool(plan.reads) and self._kernels(plan).narrows(site)
+
     def step(self, plan: PolicyPlan, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
         """As `reference.attend_step`; None where there is no kernel.
 
@@ -186,6 +199,17 @@ class Reads:
         for b, (new, peek, start) in enumerate(site.clock[:, :3].tolist()) if site.ring.shape[2] else ():
             reference.file_queries(site, b, q[b, :, q.shape[2] - new - peek :], new, start)
         return out
+
+
+def _fires_of(site: Site) -> bytes:
+    """What fires for whom, as it lies in memory."""
+    return ctypes.string_at(site.fires.data_ptr(), site.fires.numel())
+
+
+def _news(site: Site) -> list[int]:
+    """Of each sequence the tokens that it brings."""
+    clock = (_long * site.clock.numel()).from_address(site.clock.data_ptr())
+    return clock[Clock.NEW :: Clock.WIDTH]
 
 
 def _as_planned(kernels: _Kernels, site: Site, q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -16,9 +16,14 @@ class CSite(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [(name, ctypes.c_int64) for name in _NUMBERS]
 
 
+def layer_of(site: Site) -> int:
+    """`int(site.layer)` without an operator, whose call counts in every layer of every step."""
+    return ctypes.c_int64.from_address(site.layer.data_ptr()).value
+
+
 def c_site(site: Site, kv_heads: int) -> CSite:
     """The site's addresses now; a pool that grows or moves makes them stale, so they serve one call."""
     numbers = (
-        site.k.shape[0], site.clock.shape[0], kv_heads, site.ring.shape[2], site.counts.shape[1], int(site.layer)
+        site.k.shape[0], site.clock.shape[0], kv_heads, site.ring.shape[2], site.counts.shape[1], layer_of(site)
     )  # fmt: skip
     return CSite(*(getattr(site, name).data_ptr() for name in _POINTERS), *numbers)
