@@ -54,6 +54,7 @@ def chosen(spec: KernelSpec) -> Context:
         "parts": parts,
         "each_heads": pad if grouped else 1,
         "whole_heads": pad if whole_axes == "qgu" else 1,
+        "whole_grouped": whole_axes == "qgu",
         "heads": pad if final == "qgu" else 1,
         "block_q": queries,
         "block_s": max(32, min(1024, 2048 // (queries * pad))),

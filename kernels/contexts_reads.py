@@ -45,7 +45,8 @@ def _facts(spec: KernelSpec, prefix: str) -> Context:
 
 
 def _dtype(spec: KernelSpec) -> str:
-    return f"torch.{spec.fact('dtype') if spec.fact('own') else 'float32'}"
+    """Of landmarks in a file's `example`: that of its keys, which the interpreter has in float32, or float32."""
+    return "dtype" if spec.fact("own") else "torch.float32"
 
 
 # -- landmarks -----------------------------------------------------------------------------------------------------
@@ -181,6 +182,7 @@ def units(spec: KernelSpec) -> Context:
         "marks_dtype": _dtype(spec) if score is not None else "torch.float32",
         "u_size": facts.get("size", facts.get("span", 0)),
         "soft": False, "outer": None, "lines": 1, "each_heads": 1, "whole_lines": 1, "marks": [], "skips": False,
+        "grouped": False,
     }  # fmt: skip
     if score is None:
         return made
@@ -274,6 +276,7 @@ def _scored(spec: KernelSpec, score: Expr, made: Context) -> Context:
         "whole_lines_of": lambda bound: _whole_lines(whole, grouped, bound, soft, drops),
         "whole_value": tall[whole_axes].format(whole.result),
         "whole_lines": pad if whole_axes == "gu" else 1,
+        "whole_grouped": whole_axes == "gu",
         "torch_whole": of_row("unit_value", whole_of, unit, TORCH)[0],
         "outer": outer,
         "torch_outer": torch_outer,

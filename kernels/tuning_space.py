@@ -128,7 +128,7 @@ def _texts(name: str, seen: set[str]) -> list[str]:
         return []
     seen.add(name)
     text = (TEMPLATES / name).read_text(encoding="utf-8")
-    found = re.findall(r'{%-?\s*include\s+"([^"]+)"', text)
+    found = re.findall(r'{%-?\s*(?:include|from)\s+"([^"]+)"', text)
     return [text, *(part for inner in found for part in _texts(inner, seen))]
 
 

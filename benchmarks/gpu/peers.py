@@ -7,11 +7,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from measuring import Bench
+from measuring import Bench, Figures
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+Masked = Callable[[], Callable[[], Tensor]]  # a call whose mask is made once
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -102,6 +103,29 @@ def flex_blocks(bench: Bench, q: Tensor, k: Tensor, v: Tensor, reads: Tensor, si
     mask = create_block_mask(sees, 1, q.shape[1], q.shape[2], k.shape[2], device=str(bench.device), **compiled)
     attend = flex(bench.dry)
     return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def of_a_prompt(
+    bench: Bench, figures: Figures, ours: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, masked: Masked
+) -> None:
+    """Milliseconds of SDPA's kernels, dense, and of FlexAttention as `masked` makes it, beside figures["ours"].
+
+    q [1, Hq, M, D], k, v [1, Hkv, M, D]; ours gives [1, M, Hq, D]. error: of ours against FlexAttention, relative to
+    the largest output; over_dense: how many times faster ours is than the better SDPA.
+    """
+    for name in KERNELS:
+        run = sdpa(bench, name, q, k, v, causal=True)
+        bench.attempt(figures, name, lambda run=run: bench.seconds(run) * 1e3)  # type: ignore[misc]
+
+    def flexed() -> float:
+        run = masked()
+        mine, theirs = ours().transpose(1, 2).float(), run().float()
+        figures["error"] = float((mine - theirs).abs().max() / theirs.abs().max())
+        return bench.seconds(run) * 1e3
+
+    bench.attempt(figures, "flex", flexed)
+    known = [figures[name] for name in KERNELS if figures.get(name)]
+    figures["over_dense"] = min(known) / figures["ours"] if known and figures["ours"] else None
 
 
 def topk_gather(k: Tensor, v: Tensor, score: Tensor, keep: int) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peers
 import torch
 from measuring import Bench, Cell, Figures, Part
-from rows import Rows, facts_of
+from rows import a_prompt, facts_of
 
 from kvcompile.kernels.triton_backend.library import At, library
 
@@ -34,10 +34,8 @@ def measure(bench: Bench, cell: Cell) -> Figures:
     tokens, facts = cell["tokens"], facts_of(bench)
     sink, window = (8, 16) if bench.dry else (SINK, WINDOW)
     count = facts.kv_heads * cell["local"] // 100
-    rows = Rows(bench, "keep_all", [1] * facts.kv_heads, 1)
-    rows.length.zero_()  # a prompt's first piece: the rows hold nothing yet
+    rows, k, v = a_prompt(bench, "keep_all", tokens)
     q = bench.noise(1, tokens, facts.q_heads, facts.head_dim).transpose(1, 2)
-    k, v = (bench.noise(1, tokens, facts.kv_heads, facts.head_dim).transpose(1, 2) for _ in range(2))
     whole = [torch.tensor([n], dtype=torch.int32, device=bench.device) for n in (tokens, 0, 0)]
     heads = torch.arange(facts.kv_heads, device=bench.device) < count
     first, reads = ((heads * n).int() for n in (sink, window))
@@ -53,20 +51,9 @@ def measure(bench: Bench, cell: Cell) -> Figures:
     bench.attempt(figures, "ours", lambda: bench.seconds(ours) * 1e3)
     if figures["ours"] is not None:
         figures["ours_rate"] = 4 * facts.head_dim * facts.group * live / figures["ours"] / 1e9
-    for name in peers.KERNELS:
-        run = peers.sdpa(bench, name, q, k, v, causal=True)
-        bench.attempt(figures, name, lambda run=run: bench.seconds(run) * 1e3)  # type: ignore[misc]
     marks = heads.int().repeat_interleave(facts.group)
-
-    def flex() -> float:
-        run = peers.flex_prefill(bench, q, k, v, marks, sink, window)
-        mine, theirs = ours().transpose(1, 2).float(), run().float()
-        figures["error"] = float((mine - theirs).abs().max() / theirs.abs().max())
-        return bench.seconds(run) * 1e3
-
-    bench.attempt(figures, "flex", flex)
-    known = [figures[name] for name in peers.KERNELS if figures.get(name)]
-    figures["over_dense"] = min(known) / figures["ours"] if known and figures["ours"] else None
+    masked = lambda: peers.flex_prefill(bench, q, k, v, marks, sink, window)  # noqa: E731
+    peers.of_a_prompt(bench, figures, ours, q, k, v, masked)
     return figures
 
 

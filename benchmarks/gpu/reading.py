@@ -8,7 +8,7 @@ from typing import Any
 import peers
 import torch
 from measuring import Bench, Cell, Figures, Part
-from rows import Rows, facts_of
+from rows import Rows, a_prompt, facts_of
 from torch import Tensor
 
 from kvcompile.kernels.marks import layout_of
@@ -108,12 +108,10 @@ def measure_prompt(bench: Bench, cell: Cell) -> Figures:
     size = 16 if bench.dry else 128
     sides = tokens // size
     n = max(1, round((100 - cell["sparse"]) / 100 * sides / 2))
-    rows = Rows(bench, BLOCKS, [1] * facts.kv_heads, 1, size=size, n=n)
-    rows.length.zero_()  # a prompt's first piece: the rows hold nothing yet
+    rows, k, v = a_prompt(bench, BLOCKS, tokens, size=size, n=n)
     site = site_of(rows, tokens, Piece(tokens, ends=True), 0)
     # Queries of a block ask alike, so that what is sparse for each of them is sparse for their block.
     q = bench.noise(1, facts.q_heads, sides, facts.head_dim).repeat_interleave(size, 2)
-    k, v = (bench.noise(1, tokens, facts.kv_heads, facts.head_dim).transpose(1, 2) for _ in range(2))
     piece = PieceReading.prepare(rows.plan, site, tokens)
     ours = lambda: piece(site, q, k, v, facts.head_dim**-0.5)  # noqa: E731
     reads = chosen(piece.choose(site, q, k)["bits"], facts.q_heads, size, sides)
@@ -125,19 +123,7 @@ def measure_prompt(bench: Bench, cell: Cell) -> Figures:
 
     bench.attempt(figures, "ours", lambda: bench.seconds(ours, again) * 1e3)
     bench.attempt(figures, "choice", lambda: bench.seconds(lambda: piece.choose(site, q, k), again) * 1e3)
-    for name in peers.KERNELS:
-        run = peers.sdpa(bench, name, q, k, v, causal=True)
-        bench.attempt(figures, name, lambda run=run: bench.seconds(run) * 1e3)  # type: ignore[misc]
-
-    def flex() -> float:
-        run = peers.flex_blocks(bench, q, k, v, reads, size)
-        mine, theirs = ours().transpose(1, 2).float(), run().float()
-        figures["error"] = float((mine - theirs).abs().max() / theirs.abs().max())
-        return bench.seconds(run) * 1e3
-
-    bench.attempt(figures, "flex", flex)
-    known = [figures[name] for name in peers.KERNELS if figures.get(name)]
-    figures["over_dense"] = min(known) / figures["ours"] if known and figures["ours"] else None
+    peers.of_a_prompt(bench, figures, ours, q, k, v, lambda: peers.flex_blocks(bench, q, k, v, reads, size))
     return figures
 
 

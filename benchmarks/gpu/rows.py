@@ -117,6 +117,15 @@ class Rows:
         return step, {name: value.to(at.device) for name, value in numbers.items()}
 
 
+def a_prompt(bench: Bench, policy: str, tokens: int, **params: Any) -> tuple[Rows, Tensor, Tensor]:
+    """Rows of one sequence that hold nothing yet, and keys and values of its prompt, [1, Hkv, tokens, D] twice."""
+    facts = facts_of(bench)
+    rows = Rows(bench, policy, [1] * facts.kv_heads, 1, **params)
+    rows.length.zero_()
+    k, v = (bench.noise(1, tokens, facts.kv_heads, facts.head_dim).transpose(1, 2) for _ in range(2))
+    return rows, k, v
+
+
 def spread(mean: int, rows: int) -> list[int]:
     """Lengths from a tenth of the mean to 1.9 times it, evenly, in a shuffled order that is always the same."""
     lengths = [max(1, round(mean * (0.1 + 1.8 * (i + 0.5) / rows))) for i in range(rows)]

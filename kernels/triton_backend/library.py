@@ -134,12 +134,13 @@ class Library:
         """Attention of a piece whose heads read lists of tiles, or all."""
         return self._module(listed_blocks(self.plan), at)
 
-    def target(self, at: At) -> int | None:
-        """Work units that a decode launch aims at; None leaves it to the file."""
+    def target(self, at: At, listed: bool = False) -> int | None:
+        """Work units that a launch of `decode`, or of `listed_decode`, aims at; None leaves it to the file."""
         gpu = at.gpu
         if gpu is None:
             return None
-        _, chosen = _tuned(self.plan, self._file(decode_spec(self.plan)), gpu, at.bucket)
+        spec = listed_decode(self.plan) if listed else decode_spec(self.plan)
+        _, chosen = _tuned(self.plan, self._file(spec), gpu, at.bucket)
         return None if chosen.source == "default" else dict(chosen.config)["units"] * gpu.multiprocessors
 
     def evict(self, cls: int, at: At | None = None) -> ModuleType:

@@ -63,7 +63,7 @@ class Reading:
         return cls(
             marks,
             units,
-            DecodeStep.prepare(decode, plan.facts.layers, rows, capacity, device),
+            DecodeStep.prepare(decode, plan.facts.layers, rows, capacity, device, files.target(at, listed=True)),
             *_tables(plan, device),
             tuple(scratch),
         )

@@ -16,9 +16,11 @@ from kvcompile.kernels.offline import ARCHES, Resources, compile_apart, compile_
 from kvcompile.kernels.plan import Expr, PolicyPlan, Region, Selection
 from kvcompile.kernels.triton_backend.library import write_kernels
 from tests.kernels.triton_interpreted.plans import ACC, H2O, PREFILL_END, STEP, attn, plan, reduce
+from tests.kernels.triton_interpreted.read_plans import EVERY
 
 pytest.importorskip("triton")
 BIG = {"head_dim": 128, "group": 4, "kv_heads": 8, "layers": 32, "dtype": "bfloat16"}
+READS = {"head_dim": 128, "group": 4, "kv_heads": 1, "dtype": "bfloat16"}
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
 
 
@@ -73,17 +75,31 @@ def test_every_kernel_of_every_policy_compiles_everywhere(tmp_path: Path, name: 
                 assert MATRIX[used.arch] in used.instructions
 
 
+def compiled_once(plan: PolicyPlan, place: Path, *wanted: str) -> dict[str, tuple[Resources, ...]]:
+    """Kernels of a plan as they are where every size that may be 1 is."""
+    paths = []
+    for file in write_kernels(plan, place).values():
+        if not wanted or file.spec.template in wanted:
+            file.path.write_text(file.source + ONCE.format(ones=ONES))
+            paths.append(file.path)
+    return compile_apart(paths, ("sm_90",))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", policies())
+@pytest.mark.parametrize("name", [*policies(), *EVERY])
 def test_a_batch_of_one_compiles_too(tmp_path: Path, name: str) -> None:
     """Triton makes a constant of an integer argument that is 1: nothing in a kernel may ask more of it."""
-    paths = []
-    for file in write_kernels(policies()[name], tmp_path).values():
-        once = file.source + ONCE.format(ones=ONES)
-        file.path.write_text(once)
-        paths.append(file.path)
-    table = compile_apart(paths, ("sm_90",))
+    plan = EVERY[name](**READS) if name in EVERY else policies()[name]
+    table = compiled_once(plan, tmp_path)
     assert all(used.registers > 0 for kernels in table.values() for used in kernels)
+
+
+def test_a_read_of_a_single_row_compiles(tmp_path: Path) -> None:
+    """One sequence on one KV head of one query head, which chooses."""
+    table = compiled_once(EVERY["quest"](**READS | {"group": 1}), tmp_path, "units", "spans")
+    assert sorted(used.kernel for kernels in table.values() for used in kernels) == [
+        "choose_kernel", "combine_kernel", "decode_kernel", "units_kernel",
+    ]  # fmt: skip
 
 
 ONCE = """
@@ -100,7 +116,8 @@ OFFLINE = tuple(
 ONES = (
     "rows", "kv_heads", "batch", "n", "n_q", "splits", "all_heads", "groups", "tiles", "table_row", "now_b", "prompt_b",
     "fires_b", "active_b", "counts_b", "counts_n", "counts_l", "clock_b", "lse_b", "target", "state_s", "heads",
-    "columns",
+    "columns", "units", "blocks", "score_units", "words", "chunks", "blocks_q", "most", "span_row", "numbers_l",
+    "numbers_n", "numbers_b", "read", "opens",
 )  # fmt: skip
 
 

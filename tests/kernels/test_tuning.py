@@ -6,20 +6,24 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kvcompile.kernels import tuning, tuning_store
 from kvcompile.kernels.choose import decode_spec, pack_spec
+from kvcompile.kernels.choose_listed import listed_decode
 from kvcompile.kernels.gpus import GPUS, Gpu
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton_backend import library as library_module
-from kvcompile.kernels.triton_backend.library import At, library
+from kvcompile.kernels.triton_backend import reads
+from kvcompile.kernels.triton_backend.library import At, Library, library
 from kvcompile.kernels.tuning import config_for, key_of, versions
 from kvcompile.kernels.tuning_space import KNOBS, default, kernel_digest, space, space_digest
 from kvcompile.kernels.tuning_store import SHIPPED, Bucket, Entry, read, save
 from tests.kernels.test_render import h2o
+from tests.kernels.triton_interpreted.read_plans import power
 
 H200 = GPUS["H200"]
 BUCKET = Bucket(8, 4096)
@@ -30,8 +34,11 @@ def config(**changes: int) -> tuple[tuple[str, int], ...]:
     return tuple(sorted((dict(default(SPEC)) | changes).items()))
 
 
-def entry(how: str = "timed", bucket: Bucket = BUCKET, gpu: Gpu = H200, **changes: int) -> Entry:
-    return Entry(key_of(SPEC, gpu, bucket), config(**changes), how, 1e-5, SPEC.name, SPEC.facts, versions())
+def entry(
+    how: str = "timed", bucket: Bucket = BUCKET, gpu: Gpu = H200, spec: KernelSpec = SPEC, **changes: int
+) -> Entry:
+    made = tuple(sorted((dict(default(spec)) | changes).items()))
+    return Entry(key_of(spec, gpu, bucket), made, how, 1e-5, spec.name, spec.facts, versions())
 
 
 @pytest.fixture
@@ -139,6 +146,29 @@ def test_launches_take_tuned_constants(places: tuple[Path, Path], monkeypatch: p
     assert scratch["target"] == 264 and scratch["part_max"].shape[0] == 8 + 264
     far = At(torch.device("cuda"), 4096, 1 << 20)
     assert found.decode(far) is found.decode() and found.target(far) is None
+    library_module._tuned.cache_clear()
+
+
+def test_a_step_that_reads_lists_takes_its_own_tuned_target(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(library_module, "_gpu", lambda device: H200)
+    library_module._tuned.cache_clear()
+    policy = power(dtype="bfloat16")
+    save((entry(spec=listed_decode(policy), units=4),), H200, places[0])
+    targets = []
+    monkeypatch.setattr(Library, "listed_decode", lambda *_: SimpleNamespace(WRITES_SCORE=False, make_scratch=aimed))
+    monkeypatch.setattr(Library, "listed_units", lambda *_: SimpleNamespace(make_scratch=lambda *_: {}))
+
+    def aimed(rows: int, capacity: int, device: torch.device, target: int | None) -> dict[str, int]:
+        targets.append(target)
+        return {}
+
+    monkeypatch.setattr(reads, "_tables", lambda *_: (torch.empty(0), torch.empty(0)))
+    site = SimpleNamespace(batch=4, k=SimpleNamespace(device=torch.device("cuda")), marks=torch.empty(0, 4, 0))
+    reads.Reading.prepare(policy, site, 4000)
+    assert targets == [4 * 132]
     library_module._tuned.cache_clear()
 
 

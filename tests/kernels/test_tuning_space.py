@@ -116,7 +116,11 @@ def test_a_kernel_digest_follows_the_template_and_its_parts(monkeypatch: pytest.
     assert len(set(before.values())) == len(before)
     monkeypatch.setattr(tuning_space, "TEMPLATES", place)
     assert {template: kernel_digest(template) for template in KNOBS} == before
-    part = place / "_choose.py.jinja"
-    part.write_text(part.read_text() + "\n# another version\n")
-    changed = {template for template in KNOBS if kernel_digest(template) != before[template]}
-    assert changed == {"evict", "select", "units", "chosen"}
+    for name, users in (
+        ("_choose.py.jinja", {"evict", "select", "units", "chosen"}),
+        ("_count.py.jinja", {"decode", "spans", "prefill", "blocks", "units", "chosen"}),  # a macro that is imported
+    ):
+        part, kept = place / name, (place / name).read_text()
+        part.write_text(kept + "\n# another version\n")
+        assert {template for template in KNOBS if kernel_digest(template) != before[template]} == users
+        part.write_text(kept)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import kvcompile
 from kvcompile.kernels.choose_listed import (
+    listed_blocks,
     listed_decode,
     listed_marks,
     listed_piece,
@@ -47,6 +48,16 @@ def test_every_file_of_a_read_passes_its_own_check(tmp_path: Path, name: str, od
     specs = listed_specs(plan)
     assert {spec.template for spec in specs} == templates
     for spec in specs:
+        assert module(plan, spec, tmp_path).check() == 0, spec.name
+
+
+CHOOSE = ("quest", "moba", "infllm", "seer", "cover")
+
+
+@pytest.mark.parametrize("name", some(CHOOSE, ("seer",)))
+def test_a_kv_head_with_one_query_head_chooses_as_the_definition_does(tmp_path: Path, name: str) -> None:
+    plan = EVERY[name](group=1)
+    for spec in (listed_units(plan, 0), listed_piece(plan, 0)):
         assert module(plan, spec, tmp_path).check() == 0, spec.name
 
 
@@ -103,11 +114,25 @@ def test_a_step_over_spans_of_half_precision_is_as_near_as_one_over_rows(tmp_pat
     assert (want.float() - seen.float()).abs().max() < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
+def test_a_tile_of_units_of_one_position_finds_the_bits_of_all_of_them(tmp_path: Path) -> None:
+    """64 units from one that begins no word lie in three words."""
+    plan = moba(size=1, dtype="float16")
+    made = module(plan, listed_blocks(plan), tmp_path)
+    assert made.BLOCK_N == 64 and int(made.example("cpu", torch.float32, small=True)["start"][0]) % 32
+    assert made.check() == 0
+
+
 def test_a_landmark_of_half_precision_is_the_extreme_itself(tmp_path: Path) -> None:
     plan = quest(dtype="float16")
     made = module(plan, listed_marks(plan), tmp_path)
     inputs = made.example("cpu", torch.float16, small=True)
     assert inputs["marks"].dtype == torch.float16 and not unequal(made, inputs)
+
+
+def test_files_of_a_bfloat16_model_check_themselves_without_a_gpu(tmp_path: Path) -> None:
+    plan = quest(dtype="bfloat16")
+    for spec in (listed_marks(plan), listed_units(plan, 0), listed_piece(plan, 0)):
+        assert module(plan, spec, tmp_path).check() == 0, spec.name
 
 
 def test_landmarks_that_are_current_are_not_made_again(tmp_path: Path) -> None:
