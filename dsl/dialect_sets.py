@@ -41,6 +41,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from kvcompile.dsl.dialect import INT, SCALAR, CountType, ExprType, axes_of, one_of, rational
 from kvcompile.dsl.dialect_losers import LoserType
+from kvcompile.dsl.words import UNIT_REGIONS
 
 OF_QUERY = ("own", "pow2", "span")  # what they hold depends on the query that reads
 REGIONS = (
@@ -100,7 +101,7 @@ class RegionOp(IRDLOperation):
         one_of("region", kind, REGIONS)
         facts = (
             ("number of entries", self.count, kind in COUNTED),
-            ("unit", self.unit, kind in ("newest", "own", "pow2")),
+            ("unit", self.unit, kind in UNIT_REGIONS),
             ("seed", self.seed, kind == "random"),
             ("pick", self.pick, kind == "picked"),
             ("name of a span", self.span, kind == "span"),

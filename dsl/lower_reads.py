@@ -119,6 +119,7 @@ class Reads:
             _refuse_trigger(attr, written)
         for top, term in tops:
             self._refuse_landmarks(top, term)
+        _refuse_order(tops)
         uneven = list(placed.triggers) if reads_queries(conds) else []
         refuse_apart(here, uneven, self._ops)
         self._refuse_over_heads(over_heads(here, self._ops))
@@ -190,6 +191,17 @@ def _refuse_trigger(attr: TriggerAttr, written: ast.Trigger) -> None:
     if attr.kind.data in ("filled", "full"):
         refuse("K903", f"`{written.span.text}` of what is read", written.span,
                "such as `chunk`, `step`, `every(64)` or `when now > 4096`")  # fmt: skip
+
+
+def _refuse_order(tops: list[tuple[TopOp, ast.Term]]) -> None:
+    """A choice made once for all queries cannot leave out what each of them chose before it (rule 13)."""
+    alone: ast.Term | None = None
+    for top, term in tops:
+        if {op.source.data for op in below(top.score) if isinstance(op, kv.SourcedOp)} <= {"own"}:
+            alone = alone or term
+        elif alone is not None:
+            refuse("K905", "a choice of all queries together, to the right of one that each query makes for itself,",
+                   term.span, f"write it to the left of `{alone.span.text}`")  # fmt: skip
 
 
 def _refuse_each(node: ast.Pick, tops: list[tuple[TopOp, ast.Term]], placed: Placed) -> None:

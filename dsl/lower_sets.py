@@ -22,6 +22,7 @@ from kvcompile.dsl.lower_counts import lower_count
 from kvcompile.dsl.lower_expr import Builder, Scope
 from kvcompile.dsl.lower_heads import below
 from kvcompile.dsl.lower_numbers import constant, fraction, refuse, whole
+from kvcompile.dsl.words import UNIT_REGIONS
 
 _PLAIN = ("all", "prompt", "generated", "frozen")
 
@@ -88,7 +89,7 @@ def _region(builder: Builder, term: ast.Region, scope: Scope, names: Names) -> S
     if kind in OF_QUERY and not scope.reads:
         refuse("K902", f"the region `{term.span.text or kind}` of the query that reads, where nobody reads,", term.span,
                "name it in `attend`; here such as `newest UNIT` or `recent(n)`")  # fmt: skip
-    if kind in ("newest", "own", "pow2") and term.unit is not None:
+    if kind in UNIT_REGIONS and term.unit is not None:
         return builder.add(RegionOp(kind, unit=unit_name(term.unit, term, names)), term.span).res
     if kind == "span" and len(args) == 1 and isinstance(args[0], ast.Text) and not term.named:
         return builder.add(RegionOp("span", span=args[0].value), term.span).res

@@ -170,9 +170,10 @@ class Reads:
         for term in rule.terms:
             if isinstance(term, Region):
                 taken = taken | self._region(term, rows, numbers, place)
-        for key in ((line, i) for i in range(len(rule.terms))):
-            if key in self.once:
-                taken = taken | self.once[key][at][:, :, : rows.pos.shape[1]]
+        for i, term in enumerate(rule.terms):
+            if isinstance(term, Selection) and (line, i) in self.once:
+                taken = taken | self.once[line, i][at][:, :, : rows.pos.shape[1]]
+                taken = taken | _waiting(self.plan, term, rows)[:, None]  # of this query, not of the newest one
         for i, term in enumerate(rule.terms):
             if isinstance(term, Selection) and (line, i) not in self.once:
                 taken = taken | _chosen(self.plan, term, rows, taken, numbers, place)
@@ -196,9 +197,10 @@ class Reads:
         self, site: Site, sequences: list[int], heads: list[int], line: int, rule: ReadRule, rows: Rows,
         lines: list[int], fresh: Fresh | None,
     ) -> None:  # fmt: skip
-        """Selections by scores of several queries: among all that is resident, as a decision at the newest token."""
+        """Selections by scores of several queries: among all that is resident, as the newest token finds it."""
         sources = sources_of([t.score for t in rule.selections if chooses_once(t)])
         asked = with_queries(self.plan, site, sequences, heads, rows, sources, fresh).some(lines)
+        asked = replace(asked, asking=True)
         numbers, place = self.numbers[line][:, lines], self._place(torch.tensor(lines))
         taken = torch.zeros_like(asked.resident)[:, None]
         for term in rule.terms:
@@ -245,13 +247,18 @@ def _chosen(plan: PolicyPlan, term: Selection, rows: Rows, taken: Tensor, number
     return torch.stack([won[:, min(g, won.shape[1] - 1)] for g, won in enumerate(each)], 1)
 
 
+def _waiting(plan: PolicyPlan, term: Selection, rows: Rows) -> Tensor:
+    """What is no candidate because its unit is not full yet, bool [rows, n]."""
+    name = term.unit or term.whole
+    there = rows.resident & (rows.pos >= 0)
+    return there & ~full(rows, plan.unit(name), reads_next(term, plan.unit(name))) if name else torch.zeros_like(there)
+
+
 def _won(plan: PolicyPlan, term: Selection, rows: Rows, candidates: Tensor, numbers: Tensor, place: Place) -> Tensor:
     name = term.unit or term.whole
     unit = plan.unit(name) if name else None
-    waiting = torch.zeros_like(candidates)
-    if unit is not None:
-        ready = full(rows, unit, reads_next(term, unit))
-        waiting, candidates = candidates & ~ready, candidates & ready
+    waiting = candidates & _waiting(plan, term, rows)
+    candidates = candidates & ~waiting
     heads = term.scope == "query_head"
     count = torch.zeros_like(rows.now) if term.count is None else numbers[term.count]
     contest = None if heads else Contest.of(term, place, rows.pos.device)

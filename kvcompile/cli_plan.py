@@ -1,6 +1,7 @@
 """A frozen plan as lines that a person reads.
 
-Takes a `PolicyPlan`; gives text: model, head classes with what they keep and when, counts, states, units.
+Takes a `PolicyPlan`; gives text: model, layers that are off, head classes with what they keep and when, what queries
+read and when, counts, states, units.
 Guarantees: everything that the run time decides by is shown; formulas are written as in the language.
 """
 
@@ -16,10 +17,14 @@ from kvcompile.kernels.plan import (
     Loser,
     PolicyPlan,
     QuerySource,
+    ReadPlan,
+    ReadRule,
     Region,
     Selection,
     Share,
+    Term,
     Trigger,
+    UnitPlan,
     Update,
     source_of,
 )
@@ -41,12 +46,19 @@ def plan_lines(plan: PolicyPlan) -> Iterator[str]:
     yield f"pages of {plan.page} tokens{asked}"
     if plan.compact:
         yield "keys are rotated by their place in the row"
+    if plan.off:
+        yield f"without attention: {_ranges(plan.off)}"
     for index, cls in enumerate(plan.classes):
         reach = plan.class_reach(index)
         window = f", with a sliding window of {reach} tokens" if reach else ""
-        rows = f"{plan.class_size(index)} KV heads, {_layers(plan, index)}{window}"
+        rows = f"{plan.class_size(index)} KV heads, {_ranges(plan.class_layers(index))}{window}"
         yield f"class {cls.name}: " + (rows if cls.rows_of is None else f"rows of {plan.classes[cls.rows_of].name}")
         yield from (f"  {line}" for line in _class_lines(plan, cls))
+    for index, read in enumerate(plan.reads):
+        heads = {layer: plan.reading(layer).count(index) for layer in plan.live}
+        here = tuple(layer for layer, count in heads.items() if count)
+        yield f"reads of {read.name}: {sum(heads.values())} KV heads, {_ranges(here)}"
+        yield from (f"  {line}" for line in _read_lines(plan, read))
     for state in plan.states:
         grows = f", on attend += {formula(state.add, plan)}" if state.add else ""
         yield f"state {state.name}: starts at {formula(state.init, plan)}{grows}"
@@ -54,9 +66,7 @@ def plan_lines(plan: PolicyPlan) -> Iterator[str]:
         yield _update(plan, update)
     for share in plan.shares:
         yield _share(plan, share)
-    for unit in plan.units:
-        marks = "".join(f"; {name} = {formula(expr, plan)}" for name, expr in unit.landmarks)
-        yield f"unit {unit.name}: {unit.size} tokens from {unit.offset}{marks}"
+    yield from (_unit(plan, unit) for unit in plan.units)
 
 
 def formula(expr: Expr, plan: PolicyPlan | None = None) -> str:
@@ -67,6 +77,10 @@ def formula(expr: Expr, plan: PolicyPlan | None = None) -> str:
             return f"ema({args[0]}, {_number(beta)})"
         case "learned", name:
             return f"learned({name}, {', '.join(_plain(arg) for arg in expr.args)})"
+        case "reduce", ("sum", "q") if _own(expr.args[0]):
+            return args[0]
+        case "regroup", (fine, coarse):
+            return f"max over the {fine}s of each {coarse} of {_bracketed(expr.args[0], plan)}"
         case "reduce", (fn, axis):
             return f"{fn}[{axis}] {_bracketed(expr.args[0], plan)}"
         case "pool", (fn, width):
@@ -107,8 +121,14 @@ def _bracketed(expr: Expr, plan: PolicyPlan | None) -> str:
     return f"({text})" if expr.op == "binary" else text
 
 
+def _own(expr: Expr) -> bool:
+    """Whether a formula asks only for the query that reads: a `q` that the language leaves open."""
+    sources = [source for node in expr.walk() if (source := source_of(node)) is not None]
+    return bool(sources) and all(source.kind == "own" for source in sources)
+
+
 def _source(source: QuerySource) -> str:
-    if source.kind == "forward":
+    if source.kind in ("forward", "own"):
         return ""
     return f"[q in {source.kind}({_number(source.part) if source.kind == 'sample' else source.width})]"
 
@@ -139,10 +159,9 @@ def _number(value: object) -> str:
     return str(value)
 
 
-def _layers(plan: PolicyPlan, index: int) -> str:
-    """In which layers a class has heads, as ranges."""
+def _ranges(layers: tuple[int, ...]) -> str:
     ranges: list[list[int]] = []
-    for layer in plan.class_layers(index):
+    for layer in layers:
         if ranges and ranges[-1][1] == layer - 1:
             ranges[-1][1] = layer
         else:
@@ -154,9 +173,7 @@ def _class_lines(plan: PolicyPlan, cls: ClassPlan) -> Iterator[str]:
     if not cls.triggers:
         yield "keeps everything"
         return
-    verb = "pick" if cls.only_picks else "keep"
-    for term in cls.keep:
-        yield f"{verb} {_region(plan, term) if isinstance(term, Region) else _selection(plan, term)}"
+    yield from _terms(plan, "pick" if cls.only_picks else "keep", cls.keep)
     for loser in cls.losers:
         yield f"else {_loser(plan, loser)}"
     yield "at " + ", ".join(_trigger(plan, trigger) for trigger in cls.triggers)
@@ -166,8 +183,32 @@ def _class_lines(plan: PolicyPlan, cls: ClassPlan) -> Iterator[str]:
         yield "entries stay in position order"
 
 
+def _read_lines(plan: PolicyPlan, read: ReadPlan) -> Iterator[str]:
+    for rule in read.rules:
+        yield from _terms(plan, "attend" if rule.pick is None else f"pick into slot {rule.pick}:", rule.terms)
+        yield _when(plan, rule)
+    if read.holds:
+        yield "in other steps: what the latest of these chose, and all entries since"
+
+
+def _when(plan: PolicyPlan, rule: ReadRule) -> str:
+    return "at " + ", ".join(_trigger(plan, t) for t in rule.triggers) if rule.triggers else "in every forward"
+
+
+def _terms(plan: PolicyPlan, verb: str, terms: tuple[Term, ...]) -> Iterator[str]:
+    for term in terms:
+        yield f"{verb} {_region(plan, term) if isinstance(term, Region) else _selection(plan, term)}"
+
+
+def _unit(plan: PolicyPlan, unit: UnitPlan) -> str:
+    marks = "".join(f"; {name} = {formula(expr, plan)}" for name, expr in unit.landmarks)
+    apart = f", one every {unit.stride}" if unit.stride != unit.size else ""
+    return f"unit {unit.name}: {unit.size} tokens from {unit.offset}{apart}{marks}"
+
+
 def _region(plan: PolicyPlan, region: Region) -> str:
     inner = "" if region.count is None else f"({_count(plan, plan.counts[region.count])})"
+    inner += f'("{region.name}")' if region.name else ""
     seed = f", seed {region.seed}" if region.kind == "random" else ""
     slot = f" {region.pick}" if region.pick is not None else ""
     return f"{region.kind}{inner}" + (f" {region.unit}" if region.unit else "") + seed + slot
@@ -181,10 +222,10 @@ def _selection(plan: PolicyPlan, choice: Selection) -> str:
     scope += f" per {choice.unit}" if choice.unit else ""
     scope += f", the {choice.observed} newest of the last piece among them" if choice.observed else ""
     scope += f", into slot {choice.pick}" if choice.pick is not None else ""
-    if choice.rank == "where":
-        return f"where {formula(choice.score, plan)}{scope.removeprefix('per head')}"
-    amount = _number(choice.fraction) if choice.count is None else _count(plan, plan.counts[choice.count])
     whole = f" {choice.whole}s" if choice.whole else ""
+    if choice.rank == "where":
+        return f"where {formula(choice.score, plan)}{whole and f', whole{whole}'}{scope.removeprefix('per head')}"
+    amount = _number(choice.fraction) if choice.count is None else _count(plan, plan.counts[choice.count])
     return f"{choice.rank}({amount}){whole} by {formula(choice.score, plan)} {scope}"
 
 

@@ -6,7 +6,7 @@ a number is exact where it says so, else never too small; time follows the numbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -126,7 +126,7 @@ def step_reads(
                 held / len(rows),
                 marks * len(rows) / held if held else 0.0,
                 less_from := _reads_less_from(plan, read, reach),
-                None if less_from is None else _pays_from(plan, read, max(size.n for size in sizes)),
+                None if less_from is None else _pays_from(plan, read, reach),
             )
         )
     return StepReads(tuple(facts), everything - less, landmarks)
@@ -256,16 +256,17 @@ def _loose(plan: PolicyPlan, term: Region, counts: Mapping[int, int], everything
 
 
 def _picked(plan: PolicyPlan, rule: ReadRule) -> int | None:
-    """The most that a pick by plain numbers takes."""
+    """The most that a pick by plain numbers takes, entries of units that are not full among them."""
     total = 0
     for term in rule.selections:
-        if term.count is None:
+        if term.count is None or term.unit is not None:
             return None
         try:
             n = count_value(plan.counts[term.count], {}, ())
         except LookupError:
             return None
-        total += n * (plan.unit(term.whole).size if term.whole else 1)
+        unit = plan.unit(term.whole) if term.whole else None
+        total += n if unit is None else (n + 1) * unit.size + unit.offset
     return total
 
 
@@ -308,21 +309,27 @@ def _landmark_bytes(plan: PolicyPlan, read: ReadPlan, seen: int) -> int:
 
 def _reads_less_from(plan: PolicyPlan, read: ReadPlan, reach: int) -> int | None:
     """The shortest row, held whole, of which a step reads less than all; None where it never does, up to a limit."""
+    return _first(lambda seen: _after(plan, read, reach, seen) < min(seen, reach or seen))
 
-    def less(seen: int) -> bool:
-        return _in_step(plan, read, reach, max(1, seen - 1), 1, seen).n < min(seen, reach or seen)
 
+def _pays_from(plan: PolicyPlan, read: ReadPlan, reach: int) -> int | None:
+    """The same of which a step moves fewer bytes, by what it reads of a row of that length."""
+    return _first(lambda seen: min(seen, reach or seen) > dense_below(plan, read, _after(plan, read, reach, seen)))
+
+
+def _after(plan: PolicyPlan, read: ReadPlan, reach: int, seen: int) -> int:
+    """What the first step reads, the prompt and its own entry being `seen` tokens."""
+    return _in_step(plan, read, reach, max(1, seen - 1), 1, seen).n
+
+
+def _first(holds: Callable[[int], bool]) -> int | None:
+    """The least number from which on it holds, up to a limit."""
     sizes = [1 << k for k in range(_LONGEST.bit_length())]
-    top = next((size for size in sizes if less(size)), None)
+    top = next((size for size in sizes if holds(size)), None)
     if top is None:
         return None
     low, high = top // 2, top
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if less(middle) else (middle, high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
-
-
-def _pays_from(plan: PolicyPlan, read: ReadPlan, taken: int) -> int | None:
-    found = dense_below(plan, read, taken)
-    return found if found < (1 << 31) - 1 else None

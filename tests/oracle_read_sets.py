@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -42,6 +42,28 @@ class Union(Reading):
                 taken = taken | choose(asked, g, taken)
             sets.append(taken)
         return sets
+
+
+@dataclass(slots=True)
+class PagesTogether(Reading):
+    """`top(n) pages by sum[q in last(observe)] attn per head`: one choice for a forward, among the pages that are full
+    before its newest query. What lies in pages that are not full before a query, that query reads."""
+
+    size: int = 4
+    n: int = 2
+    observe: int = 3
+    triggers: tuple[str, ...] = ("chunk",)
+    chosen: dict[int, set[int]] = field(default_factory=dict)  # by KV head
+
+    def prepare(self, oracle: Oracle, layer: int) -> None:
+        for head, row in enumerate(oracle.rows[layer]):
+            total = oracle.last_reads(row, self.observe).sum(1).mean(0)
+            pages = Asked(oracle, layer, head, oracle.piece.now).units(self.size)
+            scored = {u: math.fsum(total[p].item() for p in m) / len(m) for u, m in pages.items()}
+            self.chosen[head] = {u for u, _ in oracle.best([(s, u, 0) for u, s in scored.items()], self.n)}
+
+    def read(self, asked: Asked) -> Sets:
+        return [asked.with_units(self.size, set(), self.chosen[asked.head])] * asked.oracle.group
 
 
 def length(oracle: Oracle, layer: int, head: int) -> int:

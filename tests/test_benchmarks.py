@@ -64,6 +64,30 @@ def test_reads_of_every_kind(load: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert page.count("\n## ") == len(found["sections"]) and "| at most 0.25 |" in page
 
 
+def test_answers_under_reads_and_evictions(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load("reads_recall")
+    monkeypatch.setattr(script, "SHARES", (0.25,))
+    monkeypatch.setattr(script, "SUITES", ("recall_later:facts=3",))
+    shown = ("untouched", "sink and window", "seer-r, distilled gate", "streaming")
+    methods = script.methods
+    monkeypatch.setattr(script, "methods", lambda *given: [m for m in methods(*given) if m.label in shown])
+    command = ["reads_recall.py", "--count", "1", "--length", "64", "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    script.main()
+    rows = {row["label"]: row for row in json.loads((tmp_path / "reads_recall.json").read_text())["rows"]}
+    assert tuple(rows) == shown
+    assert (rows["untouched"]["read"], rows["untouched"]["bytes"], rows["untouched"]["kept"]) == (1.0, 1.0, 1.0)
+    for name in ("sink and window", "seer-r, distilled gate"):
+        assert rows[name]["read"] < 0.6 and rows[name]["footprint"] == rows[name]["kept"] == 1.0
+    assert rows["sink and window"]["bytes"] == rows["sink and window"]["read"]
+    gated = rows["seer-r, distilled gate"]
+    assert gated["bytes"] > gated["read"] + 0.05  # landmarks
+    assert rows["streaming"]["kept"] < 0.6 and rows["streaming"]["footprint"] < 1.0
+    assert (tmp_path / "reads_recall.md").read_text() in capsys.readouterr().out
+
+
 def test_nonsense_sizes_are_refused(load: Any) -> None:
     for wrong in (["--lengths", "8"], ["--prompt", "0"], ["--rounds", "0"], ["--lengths"]):
         with pytest.raises(SystemExit) as refused:

@@ -133,3 +133,36 @@ def test_trained_scores_picks_and_tables_in_words(tmp_path: Path) -> None:
     assert "share b: 8 a layer on average, by a table" in lines
     turning = lines_of("policy mine():\n    keep recent(4)\n    at when cos(q, prev.q) < 0.5\n")
     assert "  at when mean[q] (mean[g] cos(q[q in last(1)], prev.q) < 0.5)" in turning
+
+
+def test_what_queries_read_and_which_layers_are_off_in_words() -> None:
+    quest = lines_of("quest", budget=48)
+    start = quest.index("reads of layers 2..last: 4 KV heads, layers 2..3")
+    assert quest[start + 1 : start + 4] == [
+        "  attend newest page",
+        "  attend top(3) pages by sum[d] (max(q * page.lo, q * page.hi)) per query_head",
+        "  at step",
+    ]
+    assert "  in every forward" in lines_of("powerattention") and "  attend pow2 block" in lines_of("powerattention")
+    spans = lines_of("graph_kv")
+    assert '  attend span("self")' in spans and '  attend span("sources")' in spans
+    kernels = lines_of("infllm_v2")
+    assert "unit kernel: 32 tokens from 0, one every 16; c = mean[i] k" in kernels
+    assert any("max over the kernels of each block of sum[g] softmax[u] dot(q, kernel.c)" in line for line in kernels)
+    text = """policy mine():
+    layers 3: off
+    unit b(8) with c = mean[i] k
+    layers 1:
+        pick t = top(2) bs by mean[g] dot(q, c) per head
+        at step
+    layers 2: attend t | recent(4)
+    at step
+    layers 0: attend recent(8) | where mean[g] dot(q, c) > 1
+    at prefill.end
+"""
+    lines = lines_of(text)
+    assert "without attention: layers 3" in lines and "class all: 6 KV heads, layers 0..2" in lines
+    assert "reads of layers 1: 2 KV heads, layers 1" in lines
+    assert "  pick into slot 0: top(2) bs by mean[g] dot(q, b.c) per head" in lines and "  attend picked 0" in lines
+    assert "  attend where mean[g] dot(q, b.c) > 1, whole bs" in lines
+    assert "  in other steps: what the latest of these chose, and all entries since" in lines

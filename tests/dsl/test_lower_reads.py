@@ -166,6 +166,8 @@ def test_regions_of_the_reading_query() -> None:
         (["attend top(4) by sum[q in peek(4)] attn", "at chunk(8)"], "K905", "q in peek(4)"),
         (["attend top(4) by logit * sum[q in last(4)] attn", "at step"], "K905",
          "logit * sum[q in last(4)] attn"),
+        (["attend top(4) by logit | top(2) by sum[q in last(4)] attn", "at chunk, step"], "K905",
+         "top(2) by sum[q in last(4)] attn"),
         ([PAGE, "attend top(4) pages by mean[i] norm(next.k)", "at step"], "K905", "next.k"),
         ([PAGE, 'attend top(4) pages by learned("f.safetensors", q, c)', "at step"], "K905",
          'learned("f.safetensors", q, c)'),

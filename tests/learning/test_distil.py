@@ -84,6 +84,35 @@ def test_the_figures_are_the_mean_over_all_texts_heads_and_layers() -> None:
     assert together.history[0]["loss"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.parametrize(("gate", "scope"), KINDS)
+def test_gradients_are_those_of_the_loss_by_finite_differences(gate: str, scope: str) -> None:
+    model = small_model()
+    plan, sites = compile_learn(policy(gate, scope), model_facts(model)), find_sites(model)
+    assert isinstance(plan, DistilPlan)
+    rope = RopeTable(model, sites)
+    gates, texts_ = module.first_gates(plan, rope, model, 0), [torch.tensor(one.ids) for one in texts(2)]
+    teacher = module._Teacher(plan, sites, rope, gates)
+
+    def loss() -> float:
+        teacher.begin([len(ids) for ids in texts_])
+        module.observe(model, texts_, teacher)
+        return teacher.figures()["loss"]
+
+    loss()
+    slopes = [weight.grad.clone() for weight in gates.parameters() if weight.grad is not None]
+    weights, generator = list(gates.parameters()), torch.Generator().manual_seed(0)
+    assert len(slopes) == len(weights) and all(weight.grad is None for weight in model.parameters())
+    for weight, slope in zip(weights, slopes, strict=True):
+        way = torch.nn.functional.normalize(torch.randn(weight.shape, generator=generator).flatten(), dim=0)
+        found = []
+        for far in (0.02, -0.02):
+            with torch.no_grad():
+                weight += far * way.view_as(weight)
+                found.append(loss())
+                weight -= far * way.view_as(weight)
+        assert (found[0] - found[1]) / 0.04 == pytest.approx(float(way @ slope.flatten()), rel=0.01, abs=1e-4)
+
+
 def test_gates_follow_from_the_seed_alone_and_the_model_stays_as_it_was() -> None:
     model = small_model().train()
     before = copy.deepcopy(model.state_dict())
@@ -318,15 +347,52 @@ def right_answers(name: str, count: int, **options: Any) -> float:
     return right / count
 
 
-@pytest.mark.slow
-def test_trained_gates_find_what_the_shipped_model_must_recall(tmp_path: Path) -> None:
-    """16 of 256 tokens by trained gates answer more than 16 by their means, and far more than any 16 tokens."""
+def tales_of(count: int, seed: int) -> list[Sequence]:
     import random
 
     from kvcompile.evaluation import tales
 
-    rng = random.Random(0)
-    data = [Sequence(tales.encode(tales.training_text(rng, 256, 12)[0])) for _ in range(400)]
+    rng = random.Random(seed)
+    return [Sequence(tales.encode(tales.training_text(rng, 256, 12)[0])) for _ in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gate", "scope"), [KINDS[1], KINDS[2]])
+def test_fifty_steps_rank_blocks_of_the_shipped_model_far_better_than_the_identity(gate: str, scope: str) -> None:
+    text = policy(gate, scope).replace("width=8", "width=32")
+    model, options = shipped(), {"size": 8}
+    plan = compile_learn(text, model_facts(model), **options)
+    assert isinstance(plan, DistilPlan)
+    rope = RopeTable(model, find_sites(model))
+    asked = [torch.tensor(one.ids) for one in tales_of(4, seed=99)]
+
+    def judged(tensors: dict[str, Tensor]) -> dict[str, float]:
+        gates = module.first_gates(plan, rope, model, 0)
+        for name, weight in gates.named_parameters():
+            part, layer = name.split(".")
+            weight.data.copy_(tensors[f"layers.{layer}.{part}"])
+        teacher = module._Teacher(plan, find_sites(model), rope, gates)
+        teacher.begin([len(ids) for ids in asked])
+        module.observe(model, asked, teacher)
+        return teacher.figures()
+
+    found = kvcompile.learn(model, text, tales_of(100, seed=0), steps=50, batch=2, lr=0.01, **options)
+    same = {}
+    for name, weight in found.tensors.items():
+        heads, wide, width = weight.shape if weight.dim() == 3 else (0, 0, 0)
+        eye = torch.eye(width)
+        if name.endswith(".q"):
+            same[name] = eye.repeat(wide // width, 1).expand(heads, -1, -1) * width / wide if width else weight
+        elif name.endswith(".k"):
+            same[name] = torch.cat([0 * eye, eye]).expand(heads, -1, -1)  # the mean, and nothing of the largest
+    trained, identity = judged(dict(found.tensors)), judged(same)
+    assert trained["loss"] < 0.6 * identity["loss"] and trained["recall"] > identity["recall"] + 0.1
+
+
+@pytest.mark.slow
+def test_trained_gates_find_what_the_shipped_model_must_recall(tmp_path: Path) -> None:
+    """16 of 256 tokens by trained gates answer more than 16 by their means, and far more than any 16 tokens."""
+    data = tales_of(400, seed=0)
     found = kvcompile.learn(shipped(), RECALL, data, name="gated", steps=200, batch=2, lr=0.01)
     recall = [entry["recall"] for entry in found.history]
     assert sum(recall[-10:]) / 10 > 0.45 > 0.25 > recall[0]

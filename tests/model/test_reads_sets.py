@@ -198,6 +198,10 @@ SETS["dense below a length"] = Case(
         )
     ),
 )
+SETS["pages by one choice of a forward"] = Case(
+    policy(PAGE, "attend top(2) pages by sum[q in last(3)] attn per head", "at chunk"),
+    lambda: reads.everywhere(sets.PagesTogether()),
+)
 SETS["layers by sets of their own"] = Case(
     policy(
         PAGE,
@@ -220,7 +224,7 @@ QUICK = [
     "generated", "own unit from an offset", "powers of two of a unit", "tokens shared", "two choices",
     "a cover of pages",
     "pages that pass a threshold", "inside of each page", "at every second step beyond a length", "when it is long",
-    "pieces and steps by sets of their own", "layers by sets of their own",
+    "pieces and steps by sets of their own", "layers by sets of their own", "pages by one choice of a forward",
 ]  # fmt: skip
 
 

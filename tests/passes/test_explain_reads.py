@@ -96,6 +96,19 @@ def test_a_step_after_64_tokens_and_9_steps(lines: list[str], entries: int, exac
     assert (read.entries, read.exact, read.resident) == (entries, exact, 73)
 
 
+@pytest.mark.parametrize(
+    ("picks", "entries"),
+    [
+        ("top(2) pages by dot(q, c)", 13),  # 72 is in no page that is full, and is picked with the two
+        ("top(2) by logit per page", 73),
+    ],
+)
+def test_a_pick_by_units_takes_what_no_full_unit_holds(picks: str, entries: int) -> None:
+    found = explained(PAGE, "layers 0: attend all", f"layers 0: pick t = {picks}", "attend t", "at step", generate=9)
+    (read,) = (read for read in found.reads if read.name == "rest")
+    assert (read.entries, read.exact) == (entries, False)
+
+
 def test_what_keep_drops_is_not_read() -> None:
     found = explained("keep sink(4) | recent(20)", "at step", "attend recent(8) | top(50) by logit", "at step",
                       generate=4)  # fmt: skip
@@ -144,6 +157,13 @@ def test_the_length_from_which_less_than_all_is_read() -> None:
     assert every.reads_less_from == 17 and every.landmark_bytes == 0
     (none,) = explained("attend where attn > 0.1", "at step").reads
     assert (none.reads_less_from, none.pays_from, none.entries) == (None, None, 64)
+
+
+def test_the_length_from_which_reading_less_pays_is_the_same_after_any_prompt() -> None:
+    """Four query heads read up to 16 entries each, and landmarks are an eighth of all bytes: 64 / (7 / 8)."""
+    lines = (PAGE, "attend own page | " + BY_PAGE.format(n=3), "at step")
+    found = [explained(*lines, prompt=prompt).reads[0] for prompt in (8, 20, 64)]
+    assert {(read.reads_less_from, read.pays_from) for read in found} == {(17, 73)}
 
 
 def test_reads_are_told_in_words_and_as_plain_values() -> None:
