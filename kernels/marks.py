@@ -104,7 +104,7 @@ def layout_of(plan: PolicyPlan) -> MarksLayout:
             keeps = layer not in plan.off and read >= 0 and bool(by_units[read])
             line.append(len(evicts) if keeps else -1)
             if keeps:
-                evicts.append(_evicts(plan, layer, head))
+                evicts.append(drops(plan, layer, head))
         readers.append(tuple(line))
     kinds: list[Kind] = []
     width = edge = 0
@@ -119,7 +119,8 @@ def layout_of(plan: PolicyPlan) -> MarksLayout:
     return MarksLayout(tuple(kinds), span, width, edge * any(evicts), tuple(readers), tuple(evicts), dtype)
 
 
-def _evicts(plan: PolicyPlan, layer: int, head: int) -> bool:
+def drops(plan: PolicyPlan, layer: int, head: int) -> bool:
+    """Whether a row ever drops entries; one that does not holds every token in its place."""
     own = plan.class_of[layer][head]
     return any(not cls.keeps_all for i, cls in enumerate(plan.classes) if own in (i, cls.rows_of))
 

@@ -7,8 +7,9 @@ policy keeps. Only the model that made it can extend it.
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -173,10 +174,7 @@ class KvCache(Cache):
     def select(self, sequences: Sequence[int] | Tensor) -> None:
         """Sequence i becomes what `sequences[i]` was. Any order; repeats make several continuations of one prefix, and
         what is not named is released. On pages repeats share them, in extents they are copied."""
-        listed = sequences.tolist() if isinstance(sequences, Tensor) else list(sequences)
-        if any(isinstance(b, bool) for b in listed):
-            raise KvCompileError("select takes numbers of sequences; a mask is for batch_select_indices")
-        chosen = [int(b) for b in listed]
+        chosen = _numbers(sequences)
         wrong = [b for b in chosen if not 0 <= b < self.batch]
         if wrong or not chosen:
             named = f"sequence {wrong[0]}" if wrong else "no sequence at all"
@@ -202,19 +200,21 @@ class KvCache(Cache):
         KvCompileError where they are not of one policy, layout, dtype and device; CacheFull where the copies do not
         fit beside them. `get_seq_length` is the largest.
         """
-        if not caches:
-            raise KvCompileError("join needs at least one cache")
-        first = caches[0]
-        for other in caches[1:]:
+        listed: list[object] = [] if isinstance(caches, KvCache) or not isinstance(caches, Iterable) else list(caches)
+        many = [c for c in listed if isinstance(c, KvCache)]
+        if not many or len(many) < len(listed):
+            raise KvCompileError(f"join takes a list of at least one cache of an optimised model, not {caches!r:.60}")
+        first = many[0]
+        for other in many[1:]:
             first._refuse_stranger(other)
         with contextlib.ExitStack() as stack:
-            for cache in caches:
+            for cache in many:
                 stack.enter_context(cache._own())
-            made = first._like(sum(c.batch for c in caches))
-            moving.join(made.store, [c.store for c in caches])
-            made.columns = max(c.columns for c in caches)
-            made.sequences.each = [s.copy() for c in caches for s in c.sequences.each]
-            made.run.take_over([c.run for c in caches])
+            made = first._like(sum(c.batch for c in many))
+            moving.join(made.store, [c.store for c in many])
+            made.columns = max(c.columns for c in many)
+            made.sequences.each = [s.copy() for c in many for s in c.sequences.each]
+            made.run.take_over([c.run for c in many])
             made.tell([s.spans for s in made.sequences.each])
         return made
 
@@ -276,3 +276,17 @@ class KvCache(Cache):
         raise KvCompileError(
             "a KvCache cannot be pickled: kvcompile.save_cache(model, cache, path) writes it to a file"
         )
+
+
+def _numbers(sequences: object) -> list[int]:
+    """Numbers of sequences, as somebody has written them."""
+    given = sequences.tolist() if isinstance(sequences, Tensor) else sequences
+    try:
+        listed = list(given)  # type: ignore[call-overload]
+        mask = any(isinstance(b, bool) for b in listed)
+        numbers = [operator.index(b) for b in listed]
+    except TypeError:
+        raise KvCompileError(f"select takes a list of numbers of sequences, not {sequences!r:.60}") from None
+    if mask:
+        raise KvCompileError("select takes numbers of sequences; a mask is for batch_select_indices")
+    return numbers

@@ -171,18 +171,17 @@ class OptimizedForward:
         if cache.store.device.type == "cpu" or cache.guard.touched != "step":  # elsewhere a step must not wait
             seen = [was[0] for was in former]
             spans = [s.spans for s in cache.sequences.each]
-            refuse_nan(cache, output.logits, lambda: self._again(tokens, columns, seen, spans, kwargs, embeds))
+            refuse_nan(cache, output.logits, lambda: self._again(tokens, columns, seen, spans, kwargs, embeds), seen)
         return output
 
     def _again(
         self, tokens: Tensor, columns: Columns, seen: list[int], spans: list[Spans | None], kwargs: dict[str, Any],
         embeds: bool,
     ) -> None:  # fmt: skip
-        """A call once more, layer by layer, at the same positions of a cache of its own that holds nothing."""
+        """A call once more, layer by layer, on a cache of its own that holds nothing; positions are those of before."""
         cache, engine = self.new_cache(tokens.shape[0], tokens.device), self.engine
-        for s, n in zip(cache.sequences.each, seen, strict=True):
-            s.seen = n
-        cache.tell(spans)
+        each = zip(spans, seen, columns, strict=True)
+        cache.tell([Spans(positions=tuple((s or Spans()).places(n, len(c)))) for s, n, c in each])
         self.engine = replace(engine, compiled=False, graphs=None, tail=None)
         try:
             self._forward(tokens, columns, cache, 1, kwargs, embeds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,18 +37,19 @@ class Place(NamedTuple):
 NOWHERE = Place(1 << 30, 0, 0, 0, 0)
 
 
-def refuse_nan(cache: KvCache, logits: Tensor, again: Callable[[], None]) -> None:
+def refuse_nan(cache: KvCache, logits: Tensor, again: Callable[[], None], seen: Sequence[int]) -> None:
     """KvCompileError where logits [batch, n, vocabulary] hold NaN that comes from keys or values.
 
     again: runs the call's tokens once more, layer by layer, on a cache that is thrown away; what a policy dropped at
-    once is seen there. Reads `logits` on the host, so call it where the host waits anyway.
+    once is seen there. seen: tokens that each sequence had before the call. Reads `logits` on the host, so call it
+    where the host waits anyway.
     """
     guard = cache.guard
     if guard.touched != "step":
         guard.watched = True
     if not guard.watched or not _has_nan(logits):
         return
-    first = _earliest(cache, min(_resident(cache), _fresh(again)))
+    first = _earliest(cache, min(_resident(cache), _fresh(again, seen)))
     if first == NOWHERE:
         guard.watched = False  # the model's own NaN: not looked into again at every step
         return
@@ -117,13 +118,14 @@ class _Watch(TorchDispatchMode):
             self.found = Place(int(site.layer), b, head, position, _what(keys[b, head], values[b, head]))
 
 
-def _fresh(again: Callable[[], None]) -> Place:
+def _fresh(again: Callable[[], None], seen: Sequence[int]) -> Place:
     """The first NaN among all keys and values that the call brings, whatever becomes of them."""
     watch = _Watch()
     # No memory for a second run, or not within max_bytes: then what is resident has to do.
     with contextlib.suppress(RuntimeError, KvCompileError), watch:
         again()
-    return watch.found
+    found = watch.found
+    return found if found == NOWHERE else found._replace(position=found.position + seen[found.sequence])
 
 
 def _what(keys: Tensor, values: Tensor) -> int:

@@ -62,6 +62,7 @@ def join(store: Store, parts: Sequence[Store]) -> None:
             held = getattr(part, name)
             getattr(store, name)[:, own, : held.shape[2]] = held
         store.marked[:, own] = part.marked
+        store.clock[own] = part.clock
         at += part.batch
     if isinstance(store, PagedStore):
         _join_pages(store, [s for s in parts if isinstance(s, PagedStore)])

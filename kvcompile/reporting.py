@@ -26,8 +26,9 @@ class Report:
 
     `lengths` [layer][KV head] are the first sequence's; footprint and peak are means over sequences, so are
     `footprint_by_head` and `peak_by_head` [layer][KV head]. The mean of the first over heads is `footprint`; each head
-    has its peak in a forward of its own, so the mean of the second is at least `peak`. `runs_on`:
-    what carried it out, in words: the backend, generated kernels or what runs in their place.
+    has its peak in a forward of its own, so the mean of the second is at least `peak`. `evictions`: entries that the
+    policy dropped; what slides out of a model's window is none where the policy keeps all. `runs_on`: what carried it
+    out, in words: the backend, generated kernels or what runs in their place.
     """
 
     values: dict[str, Any]

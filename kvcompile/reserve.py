@@ -43,6 +43,7 @@ def reserve_prefill(cache: KvCache, forwards: list[list[Piece]], stepping: Seque
         store.reserve(layer, rows)
     if isinstance(store, PagedStore):
         store.commit()
+    store.cover(_places(cache, forwards, draft))
 
 
 def _bounds(
@@ -86,12 +87,9 @@ def _planned(
     width = max((piece.new + piece.peek for some in forwards for piece in some), default=0)
     width = max(width, draft)
     fresh = part * width * plan.facts.kv_heads * plan.facts.entry_bytes
-    tokens = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
-    places = max(seq.seen + n for seq, n in zip(cache.sequences.each, tokens, strict=True)) + plan.peek + draft
+    places = _places(cache, forwards, draft)
     size = max(256, 1 << places.bit_length())  # of tables that grow by doubling
-    grown = plan.picks * part * plan.facts.kv_heads * max(0, size - store.picked.shape[3])
-    own = store.marks.nbytes + store.edges.nbytes + store.marked.nbytes
-    grown += max(0, part * store.landmarks.nbytes(places) - part * own // cache.batch)
+    grown, beside = (part * n // cache.batch for n in store.covering(places))
     grown += plan.rotates * 8 * plan.facts.head_dim * max(0, size - store.rope.shape[1])
     now = most = -(-store.bytes_allocated() * part // cache.batch) + grown
     if isinstance(store, PagedStore):
@@ -103,7 +101,14 @@ def _planned(
     for old, new in pools:
         if new > old:  # both stand while entries move
             most, now = max(most, now + new * store.slot_bytes), now + (new - old) * store.slot_bytes
-    return max(most, now + fresh)
+    return max(most, now + max(fresh, beside))
+
+
+def _places(cache: KvCache, forwards: list[list[Piece]], draft: int) -> int:
+    """Positions that the prefill, its peeked tokens and its candidates reach."""
+    tokens = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
+    each = zip(cache.sequences.each, tokens, strict=True)
+    return max(seq.seen + n for seq, n in each) + cache.plan.peek + draft
 
 
 def _what_fits(cache: KvCache, new: list[int], draft: int) -> str:

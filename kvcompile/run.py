@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.layout import Clock
-from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.kernels.plan import PolicyPlan, Region
 from kvcompile.passes.reading import idle_weights, step_reads
 from kvcompile.sequences import Piece
 from kvcompile.store import ExtentStore, PagedStore, to_device
@@ -143,9 +143,21 @@ class Run:
             "bytes_full": full,
             "bytes_peak": max(self.bytes_peak, self.store.bytes_allocated()),
             "lengths": lengths[:, 0].tolist(),
-            "evictions": seen * len(self.plan.live) * facts.kv_heads - entries,
+            "evictions": self._dropped(lengths),
             "ceiling": (facts.weight_bytes + full) / read if read else 1.0,
         }
+
+    def _dropped(self, lengths: Tensor) -> int:
+        """Entries that the policy has dropped. Rows of which it keeps all have none: what leaves the model's window
+        there leaves the untouched cache, too; in other rows such entries count with those that lost."""
+        plan, seen = self.plan, sum(self.tokens)
+        held = lengths.sum(1).tolist()
+        keeps = [
+            cls.only_picks or any(isinstance(t, Region) and t.kind == "all" for t in cls.keep) for cls in plan.classes
+        ]
+        losing = {cls.rows_of if cls.rows_of is not None else i for i, cls in enumerate(plan.classes) if not keeps[i]}
+        rows = [(layer, head) for layer in plan.live for head, of in enumerate(plan.class_of[layer]) if of in losing]
+        return sum(seen - held[layer][head] for layer, head in rows)
 
     def _step_bytes(self, lengths: Tensor) -> int:
         """Keys, values and landmarks that a decode step reads of rows of these lengths."""

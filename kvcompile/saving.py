@@ -25,16 +25,18 @@ from kvcompile.kernels import ops
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import write
 from kvcompile.kernels.learned import fingerprint
+from kvcompile.kernels.marks import drops, layout_of
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.sealed import Found, Part, put, take
-from kvcompile.sequences import Progress
-from kvcompile.spans import Spans
+from kvcompile.sealed import Found, Part, memory, put, take
+from kvcompile.sequences import Piece, Progress
+from kvcompile.spans import Spans, table_bytes
 from kvcompile.store import PagedStore
 
 FORMAT = 1
 HEAD = "kvcompile"  # the header's entry that describes a cache
 MAX_BATCH = 1 << 16
 MAX_NUMBER = (1 << 31) - 1  # positions are int32
+MOST_TOLD = 1 << 24  # tokens of all sequences that spans may tell of
 SAMPLE = 16  # numbers of each parameter by which weights are told apart
 _TABLES = ("judged", "since", "shares")  # fields of Progress that are tables; all others but `spans` are numbers
 
@@ -44,6 +46,8 @@ def save_cache(model: nn.Module, cache: KvCache, path: str | os.PathLike[str]) -
 
     Raises KvCompileError where the cache is not of this model's policy, is in use, has failed, or cannot be written.
     """
+    if not isinstance(cache, KvCache):
+        raise KvCompileError(f"save_cache writes a KvCache of an optimised model, not {type(cache).__name__}")
     state = optimized(model)
     with state.forward.traffic.inside(), cache.guard.held(), torch.no_grad():
         cache.guard.refuse_fault()
@@ -74,6 +78,7 @@ def load_cache(model: nn.Module, path: str | os.PathLike[str]) -> KvCache:
 
     def check(text: Mapping[str, str], found: Mapping[str, Found]) -> None:
         heads.append(_head(text, _identity(model, state), plan, place))
+        _check_room(plan, heads[0], place)
         _check_shapes(found, plan, heads[0], place)
 
     with state.forward.traffic.inside(), torch.no_grad(), torch.inference_mode(False):
@@ -146,7 +151,10 @@ def _head(text: Mapping[str, str], here: Mapping[str, Any], plan: PolicyPlan, pa
     sequences = head.get("sequences")
     if not isinstance(sequences, list) or len(sequences) != batch:
         raise _odd(path, f"it does not tell the progress of {batch} sequences")
-    head["sequences"] = [_progress(value, plan, path) for value in sequences]
+    head["sequences"], left = [], MOST_TOLD
+    for value in sequences:
+        head["sequences"].append(found := _progress(value, plan, path, left))
+        left -= 0 if found.spans is None else found.spans.tokens
     return head
 
 
@@ -169,8 +177,8 @@ def _numbers(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _progress(value: Any, plan: PolicyPlan, path: Path) -> Progress:
-    """The reverse, of numbers that anybody may have written."""
+def _progress(value: Any, plan: PolicyPlan, path: Path, most: int) -> Progress:
+    """The reverse, of numbers that anybody may have written; most: tokens that its spans may tell of."""
     odd = _odd(path, "the progress of a sequence makes no sense")
     if not isinstance(value, dict) or value.keys() != {f.name for f in fields(Progress)}:
         raise odd
@@ -194,7 +202,7 @@ def _progress(value: Any, plan: PolicyPlan, path: Path) -> Progress:
     if not good:
         raise odd
     try:
-        spans = None if value["spans"] is None else Spans.from_json(value["spans"], value["seen"])
+        spans = None if value["spans"] is None else Spans.from_json(value["spans"], min(value["seen"], most))
     except KvCompileError as error:
         raise odd from error
     return Progress(
@@ -279,6 +287,15 @@ def _parts(cache: KvCache) -> list[Part]:
     return [Part(name, dtype, shape, partial(make, name)) for name, (dtype, shape) in shapes.items()]
 
 
+def _check_room(plan: PolicyPlan, head: Mapping[str, Any], path: Path) -> None:
+    """What stands beside the entries follows from numbers that cost a file nothing: landmarks, stretches."""
+    each = head["sequences"]
+    beside = head["batch"] * layout_of(plan).nbytes(max(s.seen for s in each))
+    beside += table_bytes(plan, [s.spans for s in each])
+    if beside > memory():
+        raise _odd(path, f"so long a text asks for {beside} bytes beside its entries, more than this machine's memory")
+
+
 def _check_shapes(found: Mapping[str, Found], plan: PolicyPlan, head: Mapping[str, Any], path: Path) -> None:
     """Exactly the tensors that the plan and the batch ask for; no row can hold more than its sequence has seen."""
     most = plan.facts.kv_heads * sum(s.seen for s in head["sequences"])
@@ -306,6 +323,8 @@ def _check_values(tensors: Mapping[str, Tensor], plan: PolicyPlan, head: Mapping
         placed = pos >= 0
         if bool((pos >= limit.flatten()[row]).any()):
             raise _odd(path, f"layer {layer} holds positions that its sequence has not seen")
+        if not _in_order(plan, layer, length, pos, seen):
+            raise _odd(path, f"the rows of layer {layer} do not hold what the policy leaves, or in another order")
         alone = torch.bincount(row[~placed], minlength=1)
         if bool((pos < -1).any()) or int(alone.max()) > plan.folds:
             raise _odd(path, f"layer {layer} holds entries without a position")
@@ -321,6 +340,24 @@ def _check_values(tensors: Mapping[str, Tensor], plan: PolicyPlan, head: Mapping
         raise _odd(path, "what layers have chosen is marked for query heads that the model does not have")
     if any(bool((tensors[name] < 0).any()) for name in ("area", "widest", "widest_sum")):
         raise _odd(path, "its account is negative")
+
+
+def _in_order(plan: PolicyPlan, layer: int, length: Tensor, pos: Tensor, seen: Tensor) -> bool:
+    """Kernels count on it, unchecked: rows that drop nothing hold every token in its place, and those that read or
+    decide by units or neighbours hold theirs in order. length int64 [batch, kv_heads]; pos int64, row by row."""
+    heads = [head for head, of in enumerate(plan.class_of[layer]) if layer not in plan.off]
+    whole = [head for head in heads if not drops(plan, layer, head)]
+    if bool((length[:, whole] != seen[:, None]).any()):
+        return False
+    ordered = torch.zeros(plan.facts.kv_heads, dtype=torch.bool)
+    ordered[whole] = True
+    for head in heads:
+        rules = [c for c, cls in enumerate(plan.classes) if plan.class_of[layer][head] in (c, cls.rows_of)]
+        ordered[head] |= any(plan.classes[c].by_position for c in rules) or layout_of(plan).readers[layer][head] >= 0
+    row = torch.arange(length.numel()).repeat_interleave(length.flatten())
+    there = ordered.repeat(len(length))[row] & (pos >= 0)
+    row, pos = row[there], pos[there]
+    return bool(((row[1:] != row[:-1]) | (pos[1:] > pos[:-1])).all())
 
 
 def _fill(cache: KvCache, head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -341,6 +378,7 @@ def _fill(cache: KvCache, head: Mapping[str, Any], tensors: Mapping[str, Tensor]
     cache.columns = head["columns"]
     cache.sequences.each = head["sequences"]
     cache.tell([s.spans for s in cache.sequences.each])
+    store.clock.copy_(cache.sequences.numbers([Piece(0)] * cache.batch)[0])
     store.cover(max(s.seen for s in head["sequences"]))
     picked = tensors["picked"]
     store.picked[..., : picked.shape[3]] = picked.to(store.device)

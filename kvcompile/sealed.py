@@ -79,7 +79,7 @@ def take(path: Path, check: Check) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Text and tensors of a file. check: raises KvCompileError where they are not wanted, before any is read."""
     with _told(path, "cannot be read"), _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > _memory():
+        if size > memory():
             raise _damaged(path, f"its {size} bytes are more than this machine's memory")
         header, start = _header(file, size, path)
         text, found = _parsed(header, size - start, path)
@@ -233,7 +233,8 @@ def _intact(file: BinaryIO, header: bytes, seal: str) -> bool:
     return bool(whole.hexdigest() == seal)
 
 
-def _memory() -> int:
+def memory() -> int:
+    """Bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

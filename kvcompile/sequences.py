@@ -17,7 +17,7 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import query_sources
 from kvcompile.kernels.judge import SLIDES
-from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, ReadRule, Trigger, formulas_of
+from kvcompile.kernels.plan import ClassPlan, PolicyPlan, QuerySource, ReadPlan, ReadRule, Region, Trigger, formulas_of
 from kvcompile.kernels.ranks import longest
 from kvcompile.kernels.spans import all_without
 from kvcompile.kernels.states import follow_reads
@@ -42,8 +42,9 @@ class Piece:
 class Progress:
     """One sequence. `seen` is its logical length; `judged` counts units per (class, unit) that had their turn; `since`
     the entries per class that came in since it last decided, or ever; `shares` the parts of measured shares, by layer;
-    `decided` how many tokens the latest decision knew; `lost` below which position queries may be missing in the ring;
-    `spans` what was said of its prompt's stretches and positions.
+    `decided` how many tokens the latest decision knew, of what is kept or of a set that later forwards go on with;
+    `lost` below which position queries may be missing in the ring; `spans` what was said of its prompt's stretches and
+    positions.
     """
 
     seen: int = 0
@@ -72,6 +73,8 @@ class Sequences:
         self._rows = [owner == c for c in rows]  # bool [layers, kv_heads]
         self._bits = [_bits(cls.name, cls.triggers) for cls in plan.classes]
         self._read_bits = [[_bits(read.name, rule.triggers) for rule in read.rules] for read in plan.reads]
+        self._lasting = [_lasts(plan, read, rule) for read in plan.reads for rule in read.rules]
+        self._holds = any(read.holds for read in plan.reads)
         self._newest = [max((_newest(s) for s in query_sources(cls)), default=0) for cls in plan.classes]
         self._asked = asked_of(plan)
         self._latest: tuple[object, list[tuple[int, ...]]] = None, []
@@ -202,6 +205,15 @@ class Sequences:
                     seq.decided = seq.prompt if piece.peek else seq.seen
                 if decided:
                     self._judge(seq, c, cls)
+            if self._chosen(fired[len(self.plan.classes) :], b, piece):
+                seq.decided = seq.seen
+
+    def _chosen(self, fired: list[list[int]], b: int, piece: Piece) -> bool:
+        """Whether sets have changed that later forwards go on with: chosen anew, or given up by a prompt."""
+        if not piece.new:
+            return False
+        anew = any(line[b] for line, lasts in zip(fired, self._lasting, strict=True) if lasts)
+        return anew or (self._holds and not piece.step and self.each[b].decided > 0)
 
     def select(self, sequences: Sequence[int]) -> None:
         """Sequence i becomes what `sequences[i]` was."""
@@ -215,7 +227,8 @@ class Sequences:
         if follow_reads(self.plan):
             return f"the states of {self.plan.name} have grown by what each token has read, also by those to be removed"
         if seen < seq.decided:
-            return f"{self.plan.name} has decided what to keep when {seq.decided} tokens were known"
+            what = "read" if all(cls.keeps_all for cls in self.plan.classes) else "keep"
+            return f"{self.plan.name} has decided what to {what} when {seq.decided} tokens were known"
         return ""
 
     def crop(self, b: int, seen: int, since: int | None) -> None:
@@ -244,6 +257,38 @@ class Sequences:
                 ahead = any(trigger.unit in (t.unit, t.whole) and reads_next(t, unit) for t in cls.selections)
                 full = self._full_units(trigger.unit, seq.seen)
                 seq.judged[c, trigger.unit] = max(0, full - ahead)
+
+
+# Of triggers, those that fire wherever another does.
+_WITH = {
+    "step": {"step"},
+    "every": {"step", "every"},
+    "chunk": {"chunk"},
+    "prefill.end": {"chunk", "prefill.end"},
+}
+
+
+def _lasts(plan: PolicyPlan, read: ReadPlan, rule: ReadRule) -> bool:
+    """Whether a forward may go on with what a rule has chosen in an earlier one."""
+    if rule.pick is None:
+        return read.holds
+    readers = [r for other in plan.reads for r in other.rules if _asks_for(r, rule.pick)]
+    return not all(_fires_with(rule, trigger) for r in readers for trigger in r.triggers or _ALWAYS)
+
+
+_ALWAYS = (Trigger("chunk"), Trigger("step"))
+
+
+def _asks_for(rule: ReadRule, pick: int) -> bool:
+    return any(isinstance(term, Region) and term.pick == pick for term in rule.terms)
+
+
+def _fires_with(rule: ReadRule, trigger: Trigger) -> bool:
+    """Whether a rule fires in every forward in which a trigger may."""
+    if trigger.kind == "when":
+        return all(_fires_with(rule, other) for other in _ALWAYS)
+    sure = [t for t in rule.triggers if t.cond is None and t.kind in _WITH[trigger.kind]]
+    return any(t.kind != "every" or t.n == trigger.n for t in sure)
 
 
 def _newest(source: QuerySource) -> int:

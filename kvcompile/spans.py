@@ -20,7 +20,8 @@ from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.spans import SELF, SOURCES, span_names
 
 MOST = 1024  # stretches of one sequence: the tables have a line and a column for each
-MOST_TOKENS = (1 << 31) - 1  # positions are int32
+MOST_TOKENS = 1 << 22  # of one sequence that stretches and positions are about: each is a number in the host's memory
+MOST_PLACE = (1 << 31) - 1  # positions are int32
 MAX_NAME = 100  # characters
 
 
@@ -51,6 +52,8 @@ class Spans:
         if self.positions is not None:
             object.__setattr__(self, "positions", _checked_positions(self.positions))
             object.__setattr__(self, "shift", max(self.positions, default=-1) + 1 - len(self.positions))
+        if self.tokens > MOST_TOKENS:
+            raise KvCompileError(f"spans of {self.tokens} tokens; at most {MOST_TOKENS} are supported")
 
     def side_by_side(self, *names: str) -> Spans:
         """The same with positions at which neighbours of these names begin alike; the rest goes on after the longest.
@@ -90,7 +93,14 @@ class Spans:
             return self
         segments = tuple((name, start, min(stop, tokens)) for name, start, stop in self.segments if start < tokens)
         names = {name for name, _, _ in segments}
-        reads = {name: tuple(n for n in of if n in names) for name, of in self.reads.items() if name in names}
+        last = {name: start for name, start, _ in segments}
+        first = {name: start for name, start, _ in reversed(segments)}
+        # What stands behind all that is left of a name is nothing that it could read.
+        reads = {
+            name: tuple(n for n in of if n in names and (n == name or first[n] <= last[name]))
+            for name, of in self.reads.items()
+            if name in names
+        }
         return Spans(segments, reads, None if self.positions is None else self.positions[:tokens])
 
     def places(self, start: int, count: int) -> list[int]:
@@ -147,12 +157,12 @@ class Spans:
         runs = value["positions"]
         if runs is not None:
             pairs = [_pair(run) for run in as_list(runs, "positions")]
-            if sum(count for _, count in pairs) > most:
-                raise KvCompileError(f"positions of more than {most} tokens")
+            if sum(count for _, count in pairs) > min(most, MOST_TOKENS):
+                raise KvCompileError(f"positions of more than {min(most, MOST_TOKENS)} tokens")
             runs = tuple(first + i for first, count in pairs for i in range(count))
         if not isinstance(value["reads"], dict):
             raise KvCompileError("reads must be a table of names")
-        found = cls(tuple(map(tuple, as_list(value["segments"], "segments"))), value["reads"], runs)
+        found = cls(as_list(value["segments"], "segments"), value["reads"], runs)  # type: ignore[arg-type]
         if found.tokens > most:
             raise KvCompileError(f"spans of {found.tokens} tokens for a sequence of {most}")
         return found
@@ -171,7 +181,7 @@ def _pair(run: Any) -> tuple[int, int]:
 
 
 def _whole(n: Any) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_TOKENS
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_PLACE
 
 
 def _segment(value: Any) -> tuple[str, int, int]:
@@ -183,7 +193,9 @@ def _segment(value: Any) -> tuple[str, int, int]:
     if name in (SELF, SOURCES):
         raise KvCompileError(f"no stretch can be called {name!r}: that is what a policy calls those of the query")
     if not (_whole(start) and _whole(stop) and start < stop):
-        raise KvCompileError(f"stretch {name!r} goes from token {start!r} to {stop!r}: it needs 0 <= start < stop")
+        raise KvCompileError(
+            f"stretch {name!r} goes from token {start!r} to {stop!r}: it needs whole numbers, 0 <= start < stop"
+        )
     return name, start, stop
 
 
@@ -209,7 +221,7 @@ def _checked_reads(reads: Any, segments: tuple[tuple[str, int, int], ...]) -> Ma
     out: dict[str, tuple[str, ...]] = {}
     for name, sources in reads.items():
         of = tuple(as_list(sources, f"what {name!r} reads"))
-        for unknown in (n for n in (name, *of) if n not in first):
+        for unknown in (n for n in (name, *of) if not isinstance(n, str) or n not in first):
             named = ", ".join(repr(n) for n in list(first)[:8]) or "none"
             raise KvCompileError(f"`reads` names {unknown!r:.60}, which no stretch is called; there are {named}")
         for source in of:
@@ -239,9 +251,21 @@ def tables_of(plan: PolicyPlan, each: Sequence[Spans | None]) -> tuple[Tensor, T
     if not names:
         return torch.zeros(len(each), 0, dtype=torch.int32), torch.zeros(len(each), 0, 0, 0, dtype=torch.uint8)
     known = [s or Spans() for s in each]
-    width = _power(max((s.tokens for s in known), default=0), 64)
-    size = _power(1 + max((len(s.segments) for s in known), default=0), 4)
+    width, size = _sizes(known)
     return torch.stack([s.segment(width) for s in known]), torch.stack([s.links(names, size) for s in known])
+
+
+def table_bytes(plan: PolicyPlan, each: Sequence[Spans | None]) -> int:
+    """What the tables of these sequences take."""
+    names = len(span_names(plan))
+    width, size = _sizes([s or Spans() for s in each])
+    return len(each) * (4 * width + names * size * size) if names else 0
+
+
+def _sizes(each: Sequence[Spans]) -> tuple[int, int]:
+    """Positions of one table, lines and columns of the other."""
+    tokens, stretches = max((s.tokens for s in each), default=0), max((len(s.segments) for s in each), default=0)
+    return _power(tokens, 64), _power(1 + stretches, 4)
 
 
 def _power(n: int, least: int) -> int:

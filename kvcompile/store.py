@@ -7,8 +7,10 @@ one pool of pages for all layers. Both hand out `layout.Site` lists and count th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,6 +88,7 @@ class Store:
         self.segment, self.links = (t.to(device) for t in tables_of(plan, [None] * batch))
         self.limit = UNLIMITED  # what the caches of the model may take together
         self._claimed = 0  # bytes beside the pools that are about to be allocated
+        self.transient = 0  # largest pool or table that stood beside its successor while entries moved
         self.ahead = 0  # paged: entries that every row has room for beyond its bound, where moving the pool is dear
 
     @property
@@ -112,18 +115,37 @@ class Store:
             self._claimed = 0
 
     def cover(self, positions: int) -> None:
-        """Let choices for later layers and landmarks reach positions below this; call before a forward brings them."""
-        old = self.picked.shape[3]
-        if self.plan.picks and positions > old:
-            # Doubled, so that a graph sees a new size rarely, and never one or none.
-            more = max(64, 1 << (positions - 1).bit_length()) - old
-            self.picked = torch.cat([self.picked, self.picked.new_zeros(*self.picked.shape[:3], more)], 3)
-        more = self.landmarks.blocks(positions) - self.marks.shape[2]
-        if more > 0:
-            for name in ("marks", "edges"):
-                held = getattr(self, name)
-                added = held.new_zeros(*held.shape[:2], more, *held.shape[3:])
-                setattr(self, name, torch.cat([held, added], 2))
+        """Let choices for later layers and landmarks reach positions below this; call before a forward brings them.
+
+        CacheFull, and nothing has changed, without room for them.
+        """
+        shapes = self._covering(positions)
+        if not shapes:
+            return
+        size, old = self.covering(positions)
+        self.limit.admit(self, self.bytes_allocated() + size + old)
+        for name, shape in shapes.items():
+            held = getattr(self, name)
+            fresh = allocated(partial(held.new_zeros, shape), math.prod(shape) * held.itemsize)
+            fresh[tuple(slice(n) for n in held.shape)] = held
+            setattr(self, name, fresh)
+        self.transient = max(self.transient, old)
+
+    def covering(self, positions: int) -> tuple[int, int]:
+        """Bytes by which `cover` would let this grow, and those of a table that would stand beside its successor."""
+        shapes = self._covering(positions)
+        new = sum(math.prod(shape) * getattr(self, name).itemsize for name, shape in shapes.items())
+        old = [getattr(self, name).nbytes for name in shapes]
+        return new - sum(old), max(old, default=0)
+
+    def _covering(self, positions: int) -> dict[str, tuple[int, ...]]:
+        """The shapes that tables of positions and of units are to have, where they are too small."""
+        # Doubled, so that a graph sees a new size rarely, and never one or none.
+        places = max(64, 1 << (positions - 1).bit_length()) if self.plan.picks else 0
+        blocks = self.landmarks.blocks(positions)
+        wanted = {"picked": (3, places), "marks": (2, blocks), "edges": (2, blocks)}
+        found = {name: (getattr(self, name).shape, dim, n) for name, (dim, n) in wanted.items()}
+        return {name: (*was[:dim], n, *was[dim + 1 :]) for name, (was, dim, n) in found.items() if n > was[dim]}
 
     def lengths(self) -> Tensor:
         """Entries per row, int32 [layers, batch, kv_heads]."""
@@ -191,7 +213,6 @@ class ExtentStore(Store):
         self.top = torch.zeros(layers, 1, dtype=torch.int64, device=device)
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
         self.pools = [Pools(plan, 0, dtype, device) for _ in range(layers)]
-        self.transient = 0  # largest old pool that stood beside its successor while entries moved
         self._room = 0  # steps for which every row surely has room; 0: not known
 
     def site(self, layer: int) -> Site:
@@ -280,8 +301,6 @@ class ExtentStore(Store):
 
 class PagedStore(Store):
     """One pool of pages for all layers, a stack of free pages, a table of pages per row."""
-
-    transient = 0
 
     def __init__(
         self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device, sinks: Tensor | None = None

@@ -52,15 +52,16 @@ def said_of(model: Any) -> Any:
 
 def take_spans(cache: KvCache, columns: Columns, given: Any) -> None:
     """Put what a call brings into its cache, before it runs. KvCompileError where it does not fit."""
-    each = cache.sequences.each
-    if given is not None:
-        spans = spans_of(given, cache.batch)
-        refuse_spans(cache.plan, spans, [len(c) for c in columns], [s.seen for s in each])
-        cache.tell(spans)
-    elif not any(s.seen for s in each):
-        refuse_missing(cache.plan)
-        if any(s.spans is not None for s in each):  # of a call that has failed
-            cache.tell([None] * cache.batch)
+    with cache.guard.held():  # another thread's forward may be reading by them
+        each = cache.sequences.each
+        if given is not None:
+            spans = spans_of(given, cache.batch)
+            refuse_spans(cache.plan, spans, [len(c) for c in columns], [s.seen for s in each])
+            cache.tell(spans)
+        elif not any(s.seen for s in each):
+            refuse_missing(cache.plan)
+            if any(s.spans is not None for s in each):  # of a call that has failed
+                cache.tell([None] * cache.batch)
 
 
 def spans_of(given: Any, batch: int) -> list[Spans | None]:

@@ -47,6 +47,7 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
     slot = facts.entry_bytes + _MARKS + 4 * len(plan.states)
     totals = tops = stood = tuple(0 for _ in pools.groups)
     steps = piece = most = seen = 0
+    turned = _turned(plan, prompt + plan.peek, prompt + generate)
     exact = True
     for forward in forwards(plan, prompt, generate):
         fresh = (forward.tokens + forward.peeked) * facts.kv_heads * facts.entry_bytes
@@ -66,13 +67,21 @@ def held(plan: PolicyPlan, prompt: int, generate: int, paged: bool) -> Held:
         # The evictions of all layers wait for the last one.
         now = max(pools.resident(forward.peak), pools.resident(totals))
         moving = pools.moving(forward.peak, seen + 1) if now > most else 0
-        steps = max(steps, now * slot + max(fresh, moving * slot))
+        steps = max(steps, now * slot + max(fresh, moving * slot, turned))
     places = max(_LEAST_PLACES, 1 << (seen + plan.peek).bit_length())
     beside = _beside(plan, places, seen + plan.peek + 1)
     by_layer = tuple((g, tuple(g.share_of(total))) for g, total in zip(pools.groups, totals, strict=True))
     peak = max(steps, most * slot + piece) + beside
     tables = plan.rotates * 2 * 4 * facts.head_dim * places  # cosine and sine, float32
     return Held(by_layer, pools.resident(totals) * slot + beside, peak, tables, exact)
+
+
+def _turned(plan: PolicyPlan, before: int, after: int) -> int:
+    """The most bytes of choices or landmarks that stand beside larger ones while steps let them grow."""
+    layout = layout_of(plan)
+    marks = layout.nbytes(after) // 2 * (layout.blocks(after) > layout.blocks(before))
+    size = 1 << max(63, after - 1).bit_length()
+    return max(marks, 4 * plan.picks * plan.facts.kv_heads * (size // 2) * (size > max(64, before)))
 
 
 def _beside(plan: PolicyPlan, places: int, tokens: int) -> int:
@@ -82,7 +91,8 @@ def _beside(plan: PolicyPlan, places: int, tokens: int) -> int:
     ring = len(plan.live) * facts.q_heads * plan.ring * facts.entry_bytes // 2
     numbers = 4 * plan.scalars * facts.layers * facts.kv_heads
     terms = (term for read in plan.reads for rule in read.rules for term in rule.terms)
-    segments = 4 * places * any(isinstance(term, Region) and term.kind == "span" for term in terms)
+    names = {term.name for term in terms if isinstance(term, Region) and term.kind == "span"}
+    segments = (4 * places + 16 * len(names)) * bool(names)  # and which of up to three stretches read which
     return ring + numbers + 4 * plan.picks * facts.kv_heads * places + layout_of(plan).nbytes(tokens) + segments
 
 

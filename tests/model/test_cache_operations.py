@@ -270,3 +270,13 @@ def test_a_cache_whose_rows_are_all_empty_can_be_copied(layout):
     twin.select([0, 0])
     found = step(model, twin, [9, 9])
     same(found.logits[1:], step(model, cache, [9]).logits, "the copy's step")
+
+
+@pytest.mark.parametrize("wrong", [0, None, torch.tensor(0), [0.5], ["0"], [None]], ids=repr)
+def test_what_is_no_list_of_sequences_is_refused_by_name(wrong):
+    _, cache = call(model_of("keep_all"), torch.tensor([tokens(4)]))
+    with pytest.raises(kvcompile.KvCompileError, match="select takes a list of numbers"):
+        cache.select(wrong)
+    with pytest.raises(kvcompile.KvCompileError, match="join takes a list"):
+        KvCache.join(cache if wrong == 0 else wrong)
+    assert cache.batch == 1

@@ -218,3 +218,60 @@ def test_whatever_the_description_says_it_is_loaded_or_refused(n, model, content
             assert str(path) in str(error)
 
     drawn()
+
+
+# -- what kernels count on --------------------------------------------------------------------------------------------
+
+UNITS = """policy by_pages():
+    unit page(4) with lo = min[i] k, hi = max[i] k
+    attend newest page | top(2) pages by sum[d] max(q * lo, q * hi) per query_head
+    at chunk, step
+"""
+WINDOW = UNITS.replace("    attend", "    keep sink(2) | recent(12)\n    at chunk, step\n    attend")
+
+
+def all_seen(head, n):
+    head["columns"] = n
+    for seq in head["sequences"]:
+        seq |= {"seen": n, "prompt": n}
+
+
+@pytest.mark.parametrize("text", [UNITS, WINDOW], ids=["all kept", "some kept"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"head": lambda head: all_seen(head, (1 << 31) - 1)},
+        {"layers_1_pos": lambda t: t.flip(0), "layers_1_k": lambda t: t.flip(0).contiguous()},
+    ],
+    ids=["a text of 2^31 tokens", "another order"],
+)
+def test_rows_that_kernels_would_look_for_in_vain_are_refused(lie, text, tmp_path):
+    """Entries are found by position, landmarks lie by position: neither may lead out of what is there."""
+    model = kvcompile.optimize(random_model(), text, backend="cpu", compile="off")
+    kvcompile.save_cache(model, call(model, torch.tensor([tokens(20)]))[1], tmp_path / "cache")
+    rewritten(tmp_path / "cache")
+    kvcompile.load_cache(model, tmp_path / "cache")
+    rewritten(tmp_path / "cache", **lie)
+    refused(model, tmp_path / "cache", "contradicts itself")
+
+
+def test_a_row_that_drops_nothing_holds_all_that_was_seen(tmp_path):
+    model = kvcompile.optimize(random_model(), UNITS, backend="cpu", compile="off")
+    kvcompile.save_cache(model, call(model, torch.tensor([tokens(20)]))[1], tmp_path / "cache")
+    rewritten(tmp_path / "cache", head=lambda head: all_seen(head, 400))
+    refused(model, tmp_path / "cache", "do not hold what the policy leaves")
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        {"segments": [], "reads": {}, "positions": [[0, (1 << 31) - 1]]},
+        {"segments": [["a", 0, (1 << 31) - 1]], "reads": {}, "positions": None},
+        {"segments": [5], "reads": {}, "positions": None},
+        {"segments": [["a", 0, 4]], "reads": {"a": [["a"]]}, "positions": None},
+    ],
+    ids=["many positions", "a long stretch", "no stretch", "no name"],
+)
+def test_spans_cost_no_more_than_they_say(spans):
+    with pytest.raises(kvcompile.KvCompileError):
+        kvcompile.Spans.from_json(spans, (1 << 31) - 1)

@@ -310,3 +310,9 @@ def test_tokens_taken_back_that_this_account_never_timed_leave_no_negative_speed
     cache.crop(-2)
     call(model, torch.tensor([[5], [6]]), cache)
     assert cache.stats()["decode_tokens_per_second"] > 0
+
+
+def test_what_is_no_cache_is_not_saved(tmp_path):
+    with pytest.raises(kvcompile.KvCompileError, match="not NoneType"):
+        kvcompile.save_cache(ready("keep_all", {}), None, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

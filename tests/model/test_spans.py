@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 
 import pytest
 import torch
@@ -370,3 +371,40 @@ def test_tables_of_segments_are_counted_where_a_policy_asks_for_them():
     without = model_of("keep_all")(torch.tensor([TEXT])).past_key_values.store
     assert with_table.beside_bytes - without.beside_bytes == 64 * 4 + 2 * 8 * 8
     assert optimized(model_of("keep_all")).compiled.plan.reads == ()
+
+
+def test_a_cut_leaves_out_what_then_stands_behind_its_reader():
+    """Of two stretches `a` the second reads `b` before it; the first alone has nothing to read."""
+    spans = Spans([("a", 0, 5), ("b", 5, 9), ("a", 9, 14)], {"a": ["b"], "b": []})
+    model = model_of()
+    cache = model(torch.tensor([TEXT[:20]]), spans=spans).past_key_values
+    cache.crop(9)
+    assert cache.get_seq_length() == cache.sequences.each[0].seen == len(cache.positions(0)[0]) == 9
+    fresh = model(torch.tensor([TEXT[:9]]), spans=Spans([("a", 0, 5), ("b", 5, 9)], {"a": [], "b": []})).past_key_values
+    one, other = (model(torch.tensor([TEXT[20:21]]), past_key_values=c).logits for c in (cache, fresh))
+    same(one, other, "after the cut")
+
+
+def test_spans_of_another_threads_call_do_not_reach_a_cache_in_use():
+    model = model_of()
+    cache = model.forward.new_cache(1, torch.device("cpu"))
+    refused = []
+
+    def other():
+        try:
+            model(torch.tensor([TEXT[:29]]), past_key_values=cache, spans=GRAPH)
+        except kvcompile.KvCompileError as error:
+            refused.append(str(error))
+
+    with cache.guard.held():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "in use by another thread" in refused[0]
+    assert cache.sequences.each[0].spans is None
+
+
+def test_explain_counts_which_stretches_read_which():
+    sizes = [kvcompile.explain(text, random_model(), prompt=64).bytes for text in (READS, NAMED)]
+    cache = model_of(NAMED)(torch.tensor([TEXT]), spans=[None]).past_key_values
+    assert sizes[1] - sizes[0] == cache.store.links.nbytes // 3 == 16

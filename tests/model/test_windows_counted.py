@@ -125,3 +125,18 @@ def test_a_limit_counts_windows(family):
     kvcompile.optimize(model, "keep_all", backend="reference", compile="off", max_bytes=plan.bytes_peak)
     ran(model, 90, 30)
     assert kvcompile.report(model).to_dict()["bytes_peak"] <= plan.bytes_peak
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_what_slides_out_of_a_window_is_no_eviction_where_all_is_kept(family):
+    model = sliding_model(family)
+    kvcompile.optimize(model, "keep_all", backend="cpu", compile="off")
+    cache = ran(model, 90, 12)
+    assert len(cache.positions(0)[0]) < 102
+    report = kvcompile.report(model)
+    assert report.evictions == 0
+    assert "0 evicted" in str(report) and "lossy" not in str(report)
+    kvcompile.optimize(model, "streaming", backend="cpu", compile="off", n_sink=4, window=20)
+    ran(model, 90, 12)
+    sinks = 0 if family == "mistral" else 4 * 4  # of the four rows without a window, which keep them
+    assert kvcompile.report(model).evictions == 8 * (102 - 20) - sinks
