@@ -75,7 +75,8 @@ def critical_footprint(points: Iterable[tuple[float, float]], full: float, thres
     crossing = None
     if below is not None:
         x, y = below
-        crossing = x + (footprint - x) * (wanted - y) / (score - y)
+        # Rounded sums may lie a hair beyond the point itself.
+        crossing = min(x + (footprint - x) * (wanted - y) / (score - y), footprint)
     return Critical(footprint, score, full, threshold, crossing)
 
 

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvcompile.evaluation.critical import Critical, critical_footprint, spread
@@ -39,6 +39,7 @@ def test_a_higher_threshold_costs_no_less(points, full, one, two):
 
 
 @given(points, grid, thresholds)
+@example([(0.0, 0.0), (0.45, 0.15)], 0.15, 1.0)
 def test_the_crossing_lies_between_measured_points(points, full, threshold):
     found = critical_footprint(points, full, threshold)
     if found is None:
