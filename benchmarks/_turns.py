@@ -50,6 +50,20 @@ class Claim:
     limit: float
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One comparison: who takes part, whose time is 1 in its table, what is claimed, what bytes or pairs predict."""
+
+    kind: str
+    title: str
+    facts: dict[str, Any]
+    base: str
+    contestants: list[Contestant]
+    claims: tuple[Claim, ...]
+    predicted: dict[str, float]
+    slow: bool = False
+
+
 class Sweep:
     """Reads a buffer larger than the caches, as the other layers of a model would between two calls of one."""
 

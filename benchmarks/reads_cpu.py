@@ -1,10 +1,11 @@
 """One attention layer on a CPU whose heads read only some of what is there, against the same layer reading all.
 
-    python benchmarks/reads_cpu.py [--only decode prefill] [--lengths N ...] [--prompt N] [--rounds N]
+    python benchmarks/reads_cpu.py [--only decode prefill off] [--lengths N ...] [--prompt N] [--rounds N]
 
 Decode: quest (pages of 16, 1024 tokens) and a static pattern at several lengths, against our dense decode and packed
 SDPA. Prefill: MoBA, PowerAttention and block sets at several live shares, against our dense causal prefill and SDPA.
-All contestants of a table take turns, as in attention_cpu.py. Writes benchmarks/results/reads_cpu.json and .md.
+Off: a whole model with layers that are off, beside one that has no attention there. All contestants of a table take
+turns, as in attention_cpu.py. Writes benchmarks/results/reads_cpu.json and .md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import machine, versions
-from _turns import Claim, Contestant, Sweep, judge, race
+from _turns import Claim, Contestant, Section, Sweep, judge, race
 
 RESULTS = Path(__file__).parent / "results"
 Q_HEADS, KV_HEADS, WIDTH = 32, 8, 128
@@ -47,20 +48,6 @@ class Setting:
     slow_rounds: int = 3
     threads: int = 2
     sweep: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One comparison: who takes part, whose time is 1 in its table, what is claimed, what bytes or pairs predict."""
-
-    kind: str
-    title: str
-    facts: dict[str, Any]
-    base: str
-    contestants: list[Contestant]
-    claims: tuple[Claim, ...]
-    predicted: dict[str, float]
-    slow: bool = False
 
 
 def entries(n: int, dtype: Any) -> tuple[Any, Any, Any]:
@@ -182,7 +169,14 @@ def prefill(setting: Setting) -> Iterator[Section]:
         )  # fmt: skip
 
 
-KINDS = {"decode": decode, "prefill": prefill}
+def off(setting: Setting) -> Iterator[Section]:
+    """Layers without attention beside a model that has none there."""
+    from _off_cases import whole_models
+
+    yield from whole_models(setting.prompt)
+
+
+KINDS = {"decode": decode, "prefill": prefill, "off": off}
 
 
 def measure(setting: Setting, kinds: list[str]) -> dict[str, Any]:
