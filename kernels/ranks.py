@@ -53,12 +53,13 @@ def sharded(plan: PolicyPlan, ranks: Ranks, key: str, weight_bytes: int) -> Poli
             f"that divides {facts.kv_heads}"
         )
     for read in plan.reads:
-        for term in (t for rule in read.rules for t in rule.selections):
-            if term.scope in ("shared", "across") or ties_heads(term.score):
-                raise KvCompileError(
-                    f"{plan.name} lets heads decide together what they read (rows {read.name}), and heads lie in "
-                    f"{world} processes: this is not supported yet, so let them choose `per head` or `per query_head`"
-                )
+        together = any(t.scope in ("shared", "across") for rule in read.rules for t in rule.selections)
+        if together or any(ties_heads(formula) for rule in read.rules for formula in formulas_of(rule)):
+            raise KvCompileError(
+                f"{plan.name} lets heads decide together what they read (rows {read.name}), and heads lie in {world} "
+                "processes: this is not supported yet, so let them choose `per head` or `per query_head`, and let no "
+                "score or condition reduce over `[h]`"
+            )
     _known[key] = ranks
     heads = facts.kv_heads // world
     here = slice(ranks.rank * heads, (ranks.rank + 1) * heads)
@@ -86,6 +87,13 @@ def members_of(plan: PolicyPlan, cls: int, layers: Sequence[int]) -> Members:
 def everyone(plan: PolicyPlan) -> Members:
     """All ranks."""
     return tuple(range(1 if plan.shard is None else plan.shard.world))
+
+
+def told(plan: PolicyPlan, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """A few whole numbers of every process, as many in each, by rank."""
+    assert plan.shard is not None
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    return [part.tolist() for part in _known[plan.shard.key].exchange(mine, everyone(plan))]
 
 
 def gathered(plan: PolicyPlan, tensor: Tensor, members: Members) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 
 from torch import nn
 
-from kvcompile.building import Choice, Request, choose, engine_of, prepare, sharing
+from kvcompile.building import Choice, Request, choose, engine_of, prepare
 from kvcompile.compiled import ATTENTION, LayerForward, no_copies
 from kvcompile.forward import Engine, OptimizedForward
 from kvcompile.generating import CONTINUOUS, checked_generate, refuse_continuous
@@ -26,6 +26,7 @@ from kvcompile.off import Silenced, silence
 from kvcompile.passes import Compiled
 from kvcompile.passes.facts import text_config
 from kvcompile.passes.sites import AttentionSite, find_sites
+from kvcompile.placement import processes_of
 from kvcompile.plain_graphs import is_plain
 
 
@@ -77,8 +78,9 @@ def optimize(
     share or trained state that reads them. params: the policy's parameters, as numbers or as text of the language.
     positions: only for a plain PyTorch model, which transformers did not make: the argument of its forward that takes
     positions, int64 [batch, tokens]. docs/plain_pytorch.md says what such a model must be like.
-    max_bytes: what all caches of the model may take together, pools, fresh pieces and what stands beside, in bytes or
-    as text such as "2GiB"; what has no room is refused before it runs, with CacheFull, and nothing is lost.
+    max_bytes: what all caches of the model may take together, in each process that holds heads of it: pools, fresh
+    pieces and what stands beside, in bytes or as text such as "2GiB"; what has no room is refused before it runs, with
+    CacheFull, and nothing is lost.
     A policy with probes runs them here, a forward of up to 10,000 tokens.
 
     Raises PolicyError for the policy, KvCompileError for the model. A model that is already optimised is
@@ -94,7 +96,7 @@ def optimize(
         raise KvCompileError(f"positions={positions!r} is for plain PyTorch models; {type(model).__name__} is another")
     sites = find_sites(model)
     limit = Limit(most, model)
-    processes = sharing(model, sites, limit)
+    processes = processes_of(model, sites[0].attention)
     choice = choose(model, sites, processes, request)
     parts = prepare(model, sites, processes, choice)
     restore(model)

@@ -18,7 +18,6 @@ from kvcompile.compiled import Layers, variants_of
 from kvcompile.cuda_graphs import StepGraphs, step_graphs
 from kvcompile.forward import Engine
 from kvcompile.kernels import ops
-from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
@@ -38,7 +37,6 @@ from kvcompile.placement import (
     local,
     local_bytes,
     of_all_processes,
-    processes_of,
     spoken,
 )
 from kvcompile.probe import run_probes
@@ -92,17 +90,6 @@ class Parts:
     graphs: StepGraphs | None
 
 
-def sharing(model: nn.Module, sites: Sites, limit: Limit) -> Processes | None:
-    """The processes that share the model's heads, None where there is one; several cannot hold a limit."""
-    processes = processes_of(model, sites[0].attention)
-    if processes is not None and limit.most is not None:
-        raise KvCompileError(
-            "max_bytes is not supported where several processes share a model's heads: one might refuse a forward that "
-            "the others wait in; see the peak that kvcompile.explain gives instead"
-        )
-    return processes
-
-
 def choose(model: nn.Module, sites: Sites, processes: Processes | None, request: Request) -> Choice:
     """Compile the policy for the model, its probes run, and cut it to the heads that are here."""
     with agreed(processes) as said:
@@ -112,7 +99,7 @@ def choose(model: nn.Module, sites: Sites, processes: Processes | None, request:
         facts = model_facts(model)
         compiled = request.compiled(facts)
         asked = probes_of(compiled.resolved)
-        said += spoken(compiled.plan, backend, inner)
+        said += [*spoken(compiled.plan, backend, inner), f"max_bytes {request.max_bytes}"]
     if asked:  # only now, because a probe takes a forward and a policy with mistakes none
         compiled = request.compiled(facts, of_all_processes(processes, run_probes(model, sites, asked)))
     whole = compiled.plan

@@ -21,6 +21,7 @@ from kvcompile.drafting import why_not
 from kvcompile.guard import Guard
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.limits import room_in_all
 from kvcompile.run import Run
 from kvcompile.sequences import Sequences
 from kvcompile.spans import Spans
@@ -211,7 +212,8 @@ class KvCache(Cache):
             for cache in many:
                 stack.enter_context(cache._own())
             made = first._like(sum(c.batch for c in many))
-            moving.join(made.store, [c.store for c in many])
+            with room_in_all(made.store):
+                moving.join(made.store, [c.store for c in many])
             made.columns = max(c.columns for c in many)
             made.sequences.each = [s.copy() for c in many for s in c.sequences.each]
             made.run.take_over([c.run for c in many])

@@ -33,7 +33,7 @@ from kvcompile.health import refuse_nan
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.span import waits
-from kvcompile.limits import CacheFull, Limit
+from kvcompile.limits import CacheFull, Limit, room_in_all
 from kvcompile.multimodal import Inputs, with_images
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
 from kvcompile.passes.facts import text_config
@@ -270,7 +270,8 @@ class OptimizedForward:
                 raise KvCompileError("padding among the candidates of assisted decoding is not supported")
             pieces = [Piece(len(c), step=True) for c in rest]
             cache.remember([p.new for p in pieces])
-            cache.store.reserve_more([p.new for p in pieces])
+            with room_in_all(cache.store):
+                cache.store.reserve_more([p.new for p in pieces])
             positions = positions_of(cache, pieces, width, tokens.device)
             wanted = 0 if whole else keep
             output = self._run(tokens[:, prompt:], positions, pieces, "chunk", cache, wanted, kwargs, name)
@@ -337,14 +338,15 @@ class OptimizedForward:
             positions = torch.zeros_like(positions)
         clock, counts = sequences.numbers(pieces)
         fires = sequences.fires(pieces, store.lengths() if _asks_length(engine.plan) else None)
-        store.cover(max(s.seen + p.new for s, p in zip(sequences.each, pieces, strict=True)))
-        if isinstance(store, PagedStore):
-            store.separate(fires, [p.new for p in pieces], phase == "step")
-        if phase == "step":
-            store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
+        with room_in_all(store):
+            store.cover(max(s.seen + p.new for s, p in zip(sequences.each, pieces, strict=True)))
+            if isinstance(store, PagedStore):
+                store.separate(fires, [p.new for p in pieces], phase == "step")
+            if phase == "step":
+                store.reserve_step(torch.tensor([p.new > 0 for p in pieces]))
+            store.admit_piece(tokens.shape[1])
         for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
             target.copy_(to_device(source, store.device))
-        store.admit_piece(tokens.shape[1])
         cache.run.before(pieces, store.lengths(), tokens.shape[1])
         # A piece of one token would specialise the graph of longer ones.
         compiled = engine.compiled and (phase == "step" or tokens.shape[1] > 1)

@@ -1,15 +1,17 @@
 """`max_bytes`: what the caches of one model may take together, held before anything is allocated.
 
 Takes the limit and the stores of the model's live caches; gives leave to grow, or `CacheFull` with the figures.
-Guarantees: whatever is refused has changed nothing; a device that is full is the same error, and so is a way on.
+Guarantees: whatever is refused has changed nothing, in no process that holds heads of the model; a device that is
+full is the same error, and so is a way on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.kernels.errors import KvCompileError
+from kvcompile.kernels.ranks import told
 from kvcompile.kernels.sizes import size_text
 
 if TYPE_CHECKING:
@@ -109,6 +112,37 @@ def allocated(make: Callable[[], T], size: int) -> T:
             size,
             None,
         ) from error
+
+
+@contextlib.contextmanager
+def room_in_all(store: Store) -> Iterator[None]:
+    """A block that finds memory for a store: in every process that holds heads of the model, or in none.
+
+    CacheFull in each of them where one has refused. Nothing in the block may exchange anything with other processes.
+    Costs an exchange where a limit is set and several processes hold the heads, else nothing.
+    """
+    plan, limit = store.plan, store.limit
+    if plan.shard is None or limit.most is None:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        figures = (error.needed, error.limit or 0) if isinstance(error, CacheFull) else (0, 0)
+        told(plan, (1, *figures), store.device)
+        raise
+    heard = told(plan, (0, 0, 0), store.device)
+    full = next((rank for rank, (refused, _, _) in enumerate(heard) if refused), None)
+    if full is None:
+        return
+    _, needed, most = heard[full]
+    said = f"{needed} bytes at the peak where max_bytes is {most}" if most else "see its own error"
+    raise CacheFull(
+        f"process {full} of {plan.shard.world} has no room for its heads: {said}. Nothing of it has run in any "
+        f"process. {_WAYS}",
+        needed,
+        most or None,
+    )
 
 
 def with_sequences(generate: Callable[..., Any], limit: Limit) -> Callable[..., Any]:

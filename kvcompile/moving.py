@@ -6,7 +6,8 @@ positions, and that count their bytes as any other. On pages a repeated sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kvcompile.kernels.extent import extent
 from kvcompile.kernels.landmarks import forget
 from kvcompile.kernels.layout import Site, compact
 from kvcompile.kernels.states import follow_reads
+from kvcompile.limits import CacheFull, room_in_all
 from kvcompile.sharing import Shared
 from kvcompile.store import POOLS, ExtentStore, PagedStore, Pools, Store
 
@@ -28,12 +30,11 @@ def select(store: Store, sequences: Sequence[int]) -> None:
     """In place: sequence i becomes what `sequences[i]` was; repeats and other orders allowed, the rest is released."""
     if list(sequences) == list(range(store.batch)):
         return
-    with store.claimed(max(0, len(sequences) - store.batch)):
-        if isinstance(store, PagedStore):
-            _select_pages(store, sequences)
-        else:
-            assert isinstance(store, ExtentStore)
-            _select_extents(store, sequences)
+    if isinstance(store, PagedStore):
+        _select_pages(store, sequences)
+    else:
+        assert isinstance(store, ExtentStore)
+        _select_extents(store, sequences)
     index = torch.tensor(sequences, device=store.device)
     for name, dim in _BESIDE:
         old = getattr(store, name)
@@ -76,7 +77,8 @@ def unshare(store: Store, sequences: Sequence[int]) -> None:
     if isinstance(store, PagedStore):
         rows = torch.zeros(store.plan.facts.layers, store.batch, store.plan.facts.kv_heads, dtype=torch.bool)
         rows[:, list(sequences)] = True
-        store.own(rows.flatten())
+        with room_in_all(store):
+            store.own(rows.flatten())
 
 
 def cut(store: Store, sequence: int, seen: int, slides: bool = False) -> None:
@@ -106,6 +108,13 @@ def _until(site: Site, rows: Tensor, seen: int, reach: int) -> Tensor:
     return keep & ((pos > seen - reach) | (pos < 0)) if reach else keep
 
 
+@contextlib.contextmanager
+def _room_beside(store: Store, sequences: int) -> Iterator[None]:
+    """A block that finds room for so many sequences: what stands beside their rows counts in it already."""
+    with room_in_all(store), store.claimed(max(0, sequences - store.batch)):
+        yield
+
+
 def _by_sequence(store: Store, rows: Tensor) -> Tensor:
     """[..., layers * rows] as [..., layers, batch, kv_heads]."""
     return rows.unflatten(-1, (store.plan.facts.layers, store.batch, store.plan.facts.kv_heads))
@@ -127,7 +136,8 @@ def _select_extents(store: ExtentStore, sequences: Sequence[int]) -> None:
     again = [i for i, row in enumerate(rows) if first[row] != i]
     released = [row for row in range(store.rows) if row not in first]
     # Room everywhere before anything is copied, since there may be none.
-    homes = [_room(store, layer, rows, again, released) for layer in range(store.plan.facts.layers)]
+    with _room_beside(store, len(sequences)):
+        homes = [_room(store, layer, rows, again, released) for layer in range(store.plan.facts.layers)]
     tables = [_extents_of(store, layer, rows, again, *found) for layer, found in enumerate(homes)]
     store.length = _into(store.length, store.length[:, rows])
     store.table = _into(store.table, torch.stack(tables))
@@ -214,7 +224,13 @@ def _select_pages(store: PagedStore, sequences: Sequence[int]) -> None:
     begun = place >= (0 if follow_reads(store.plan) else (length // page)[:, None])
     copied = held & begun & again[:, None]
     kept = held & ~copied
-    store.admit(length.long(), Shared.among(table, kept, store.free.shape[0]))
+    former = store.upper, store.shared
+    try:
+        with _room_beside(store, len(sequences)):
+            store.admit(length.long(), Shared.among(table, kept, store.free.shape[0]))
+    except CacheFull:
+        store.upper, store.shared = former
+        raise
     more = store.table.shape[1] - width
     table, kept, copied = (torch.nn.functional.pad(t, (0, more)) for t in (table, kept, copied))
     used = torch.zeros(store.free.shape[0], dtype=torch.bool)

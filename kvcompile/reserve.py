@@ -15,6 +15,7 @@ from kvcompile.cuts import cuts_of
 from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.ranks import has_joint, of_all_heads
+from kvcompile.limits import room_in_all
 from kvcompile.passes.groups import Group, groups
 from kvcompile.passes.residents import Rows, advance
 from kvcompile.sequences import Piece, Progress
@@ -28,13 +29,21 @@ def reserve_prefill(cache: KvCache, forwards: list[list[Piece]], stepping: Seque
     columns of candidates that follow in the same call. CacheFull, and nothing has changed, where the model's limit has
     no room for it.
     """
+    bounds = _bounds(cache, forwards, stepping, draft)
+    with room_in_all(cache.store):
+        _reserve(cache, bounds, forwards, stepping, draft)
+
+
+def _reserve(
+    cache: KvCache, bounds: list[list[int]], forwards: list[list[Piece]], stepping: Sequence[bool], draft: int
+) -> None:
+    """Room for rows of at most so many entries, [layer][rows], and for what stands beside them."""
     store, limit = cache.store, cache.store.limit
     new = [sum(some[b].new for some in forwards) for b in range(cache.batch)]
     if isinstance(store, PagedStore) and (len(forwards) > 1 or any(stepping)):
         # Rows that will decide leave the pages that they share now: later there may be no room for it.
         decides = [[n > 0 and not cls.keeps_all for n in new] for cls in cache.plan.classes]
         store.separate(torch.tensor(decides), new, False)
-    bounds = _bounds(cache, forwards, stepping, draft)
     if limit.most is not None and not limit.has_room(store, total := _planned(cache, bounds, forwards, draft)):
         count = sum(map(bool, new))
         several = f"{count} sequence{'s' * (count > 1)} of up to {max(new)} tokens"

@@ -27,6 +27,7 @@ from kvcompile.kernels.layout import write
 from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.marks import drops, layout_of
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.placement import local
 from kvcompile.sealed import Found, Part, memory, put, take
 from kvcompile.sequences import Piece, Progress
 from kvcompile.spans import Spans, table_bytes
@@ -81,7 +82,7 @@ def load_cache(model: nn.Module, path: str | os.PathLike[str]) -> KvCache:
         _check_room(plan, heads[0], place)
         _check_shapes(found, plan, heads[0], place)
 
-    with state.forward.traffic.inside(), torch.no_grad(), torch.inference_mode(False):
+    with state.forward.traffic.inside(), torch.inference_mode(False), torch.no_grad():  # the former turns gradients on
         _, tensors = take(place, check)
         head = heads[0]
         _check_values(tensors, plan, head, place)
@@ -112,7 +113,7 @@ def _weights(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         found.update(f"{name} {tuple(parameter.shape)}".encode())
-        here = parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
+        here = local(parameter.detach())
         if here.device.type != "meta":
             found.update(here.reshape(-1)[:SAMPLE].float().cpu().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -56,11 +56,14 @@ def divided(folder: Path) -> PreTrainedModel:
     model._tp_size = dist.get_world_size()
     if len(inspect.signature(apply_tensor_parallelism).parameters) == 2:
         return apply_tensor_parallelism(model, mesh)
+    styles = model.tp_plan
     plan = {}
     for name, module in model.named_modules():
-        style = model.tp_plan.get(re.sub(r"\.\d+\.", ".*.", name))
+        key = re.sub(r"\.\d+\.", ".*.", name)
+        style = styles.get(key)
         if style is not None:
-            plan |= {f"{name}.{weight}": style for weight, _ in module.named_parameters(recurse=False)} | {name: style}
+            own = [weight for weight, _ in module.named_parameters(recurse=False)]
+            plan |= {f"{name}.{weight}": styles.get(f"{key}.{weight}", style) for weight in own} | {name: style}
     return apply_tensor_parallelism(model, mesh, plan)
 
 
@@ -77,11 +80,20 @@ def generated(model: PreTrainedModel, policy: str, options: dict[str, Any]) -> t
 
 def run(model: PreTrainedModel) -> tuple[list[list[int]], list[Positions]]:
     """New tokens of a padded batch, and the positions kept at the end, of each sequence."""
-    ids, mask = padded([tokens(n, seed=n) for n in LENGTHS], "left")
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
-    cache = out.past_key_values
-    found = [kept(cache, model.config.num_hidden_layers, row) for row in range(len(ids))]
-    return out.sequences[:, ids.shape[1] :].tolist(), found
+    new, found, _ = answers(model)
+    return new, found
+
+
+def answers(
+    model: PreTrainedModel, lengths: Sequence[int] = LENGTHS
+) -> tuple[list[list[int]], list[Positions], torch.Tensor]:
+    """As `run`, of prompts of these lengths, and the logits of each forward, [NEW, batch, vocabulary]."""
+    ids, mask = padded([tokens(n, seed=n) for n in lengths], "left")
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    found = [kept(out.past_key_values, model.config.num_hidden_layers, row) for row in range(len(ids))]
+    return out.sequences[:, ids.shape[1] :].tolist(), found, torch.stack(out.logits)
 
 
 def exchanges(model: PreTrainedModel) -> int:

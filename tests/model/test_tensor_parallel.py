@@ -1,8 +1,7 @@
-"""Heads that several processes hold: the same tokens and the same kept positions as one process."""
+"""Heads that several processes hold: the same tokens, kept positions, logits and graphs as one process."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,113 +10,25 @@ import torch
 
 import kvcompile
 from kvcompile.kernels import ranks
-from tests.driving import LIBRARY, Sizes
-from tests.parallel import SHAPE, divided, exchanges, generated, one, run, save_model, together
+from tests.driving import LIBRARY
+from tests.following import policy
+from tests.models import tokens
+from tests.parallel import divided, save_model, together
+from tests.parallel_cases import ALL_READS, PAGES, SHARED, WINDOWS, agree, compare, prepared, runs, written
+from tests.parallel_limits import HALVES, NEW, PROMPT, limited
 
-MASK = ((1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 1, 1))
-RANDOM = """
-policy scattered(n=10):
-    keep recent(4) | random(n, 7)
-    at prefill.end, step
-"""
-SHARED = """
-policy voted(n=12):
-    state acc = 0
-    on attend: acc += mean[g] sum[q] attn
-    keep recent(4) | top(n) by acc shared heads
-    at prefill.end, step
-"""
-JOINED = """
-policy loudest(n=12):
-    score s = max[h] max[g] mean[q in last(4)] attn
-    keep recent(4) | top(n) by s shared heads
-    at prefill.end
-"""
-FULL = """
-policy filled(n=12):
-    score s = mean[g] mean[q in last(4)] attn
-    keep recent(4) | top(n) by s across heads floor 10%
-    at prefill.end, full(40)
-"""
-OWN = {"scattered": RANDOM, "voted": SHARED, "loudest": JOINED, "filled": FULL}
 ALONE = ("keep_all", "snapkv", "h2o", "prulong", "pyramidkv", "scattered")
 JOINT = ("adakv", "voted", "loudest", "filled")
 OTHERS = ("classed", *(name for name in LIBRARY if name not in ALONE + JOINT))
-
-
-CLASSED = """
-policy classed(n=10):
-    few: keep recent(4) | top(n) by mean[g] mean[q in last(4)] attn across heads
-    many: keep sink(2) | top(n) by mean[g] mean[q in last(4)] attn across heads floor 20%
-    at prefill.end
-heads few = table("mask.tsv", top=50%)
-heads many = rest
-"""
-
-
-def written(path: Path) -> Path:
-    """MASK as a table of heads."""
-    path.write_text("\n".join("\t".join(map(str, row)) for row in MASK) + "\n")
-    return path
-
-
-def case(name: str, folder: Path) -> tuple[str, dict[str, Any], dict[str, object]]:
-    """Policy, options of `optimize`, changes of the model."""
-    if name in OWN:
-        return OWN[name], {}, {}
-    folder.mkdir(exist_ok=True)
-    if name == "classed":
-        return CLASSED, {"tables": {"few": str(written(folder / "mask.tsv"))}}, {}
-    sample = LIBRARY[name](Sizes(budget=14, mask=MASK))
-    sample = replace(sample, changes={**SHAPE, **sample.changes})
-    return sample.policy, sample.options(folder), dict(sample.changes)
-
-
-def runs(rank: int, cases: list[tuple[str, str, dict[str, Any], str]]) -> dict[str, Any]:
-    """In each process: of every case what came out, and how many exchanges the run took."""
-    found: dict[str, Any] = {}
-    models: dict[str, Any] = {}
-    for name, policy, options, folder in cases:
-        if folder not in models:
-            models[folder] = divided(Path(folder))
-        model = models[folder]
-        kvcompile.optimize(model, policy, **options)
-        before = exchanges(model)
-        tokens, kept = run(model)
-        found[name] = tokens, kept, exchanges(model) - before
-    return found
-
-
-def prepared(names: tuple[str, ...], tmp_path: Path, backend: str) -> tuple[list[Any], dict[str, Any]]:
-    """What processes are to run, and what one process makes of it."""
-    cases, expected = [], {}
-    for name in names:
-        policy, options, changes = case(name, tmp_path / name)
-        folder = tmp_path / ("model" + "".join(str(v) for v in changes.values()))
-        if not folder.exists():
-            save_model(folder, **changes)
-        options["backend"] = backend
-        expected[name] = generated(one(folder), policy, options)
-        cases.append((name, policy, options, str(folder)))
-    return cases, expected
-
-
-def agree(parts: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Asserts the same tokens in every process, and that the positions of their heads, in order, are the model's."""
-    for name, (tokens, positions) in expected.items():
-        assert all(part[name][0] == tokens for part in parts), name
-        for b, layers in enumerate(positions):
-            for layer, heads in enumerate(layers):
-                kept = [tuple(head) for part in parts for head in part[name][1][b][layer]]
-                assert kept == list(heads), f"{name}, sequence {b}, layer {layer}"
-
-
-def compare(names: tuple[str, ...], world: int, tmp_path: Path, backend: str = "cpu") -> dict[str, int]:
-    """Runs cases in one process and in `world`; returns the exchanges of each."""
-    cases, expected = prepared(names, tmp_path, backend)
-    parts = together(runs, world, cases, folder=tmp_path)
-    agree(parts, expected)
-    return {name: parts[0][name][2] for name in names}
+GRAPHED = ("keep_all", "snapkv", "adakv", "h2o", "prulong", "voted")
+WINDOWED = tuple(f"{family} {name}" for family in WINDOWS for name in ("keep_all", "snapkv", "adakv", "h2o", "prulong"))
+# What is run by default beside ALONE and JOINT; of the rest see the slow tests.
+READ = ("quest", "pages of what adakv keeps", "off")
+ALSO = ("adakv, eager", "granite_swa snapkv", "gemma2 adakv", *READ)
+TOGETHER_READ = {
+    "scope": policy(PAGES, "attend own page | top(2) pages by mean[g] dot(q, c) shared heads", "at chunk, step"),
+    "condition": policy("attend sink(2) | recent(6)", "at step if mean[h] mean[g] cos(q, prev.q) < 0.6"),
+}
 
 
 @pytest.mark.slow
@@ -127,8 +38,37 @@ def test_two_processes_decide_as_one_under_every_other_library_policy(tmp_path: 
 
 
 @pytest.mark.slow
+def test_two_processes_decide_as_one_by_the_definition(tmp_path: Path) -> None:
+    compare((*ALONE, *JOINT), 2, tmp_path, "reference")
+
+
+@pytest.mark.slow
 def test_four_processes_of_which_some_have_no_head_of_a_class_decide_as_one(tmp_path: Path) -> None:
     compare(("prulong", "adakv", "voted", "classed"), 4, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_two_processes_run_the_graphs_of_one_without_a_break_or_a_recompile(tmp_path: Path, mode: str) -> None:
+    found = compare(tuple(f"{name}, {mode}" for name in GRAPHED), 2, tmp_path)
+    for name in found:
+        breaks, recompiles, phases = found[name]["graphs"]
+        assert (breaks, recompiles) == ([], 0), name
+        assert {"prefill.end", "step"} <= set(phases), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_two_processes_read_as_one(tmp_path: Path, backend: str) -> None:
+    compare(ALL_READS, 2, tmp_path, backend)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_windows_and_sinks_as_one(tmp_path: Path) -> None:
+    graphed = ("gemma2 adakv, eager", "granite_swa h2o, eager")
+    compare(
+        (*WINDOWED, *graphed, "gemma2 off where heads compete", "granite_swa pages of what adakv keeps"), 2, tmp_path
+    )
 
 
 def refused(rank: int, folder: str, table: str) -> dict[str, str]:
@@ -148,7 +88,8 @@ def refused(rank: int, folder: str, table: str) -> dict[str, str]:
     found["parameter"] = said("snapkv", budget=(128, 256)[rank])
     found["backend"] = said("snapkv", backend=("cpu", "reference")[rank])
     found["table"] = said("prulong", tables={"retrieval": (table, "/nowhere/mask.tsv")[rank]})
-    found["limit"] = said("snapkv", max_bytes="1GiB")
+    found["limit"] = said("snapkv", max_bytes=(None, "1GiB")[rank])
+    found |= {name: said(text) for name, text in TOGETHER_READ.items()}
     found["right"] = said("snapkv")
     return found
 
@@ -160,6 +101,26 @@ def uneven(rank: int, folder: str) -> str:
     except kvcompile.KvCompileError as error:
         return str(error)
     return "optimised"
+
+
+def saved(rank: int, folder: str) -> dict[str, Any]:
+    """Each process saves its heads, goes on from what it loads, and tries the other's file."""
+
+    def more(cache: Any) -> list[list[int]]:
+        options = {"max_new_tokens": 4, "do_sample": False, "past_key_values": cache}
+        return model.generate(made.sequences, **options).tolist()
+
+    model, ids = divided(Path(folder)), torch.tensor([tokens(30)])
+    kvcompile.optimize(model, SHARED, backend="cpu", compile="off")
+    made = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    files = [Path(folder).parent / f"cache{i}.safetensors" for i in range(2)]
+    kvcompile.save_cache(model, made.past_key_values, files[rank])
+    goes_on = more(kvcompile.load_cache(model, files[rank])) == more(made.past_key_values)
+    try:
+        kvcompile.load_cache(model, files[1 - rank])
+    except kvcompile.KvCompileError as error:
+        return {"goes on": goes_on, "other": str(error)}
+    return {"goes on": goes_on, "other": "loaded"}
 
 
 def left_alone(rank: int, folder: str) -> str:
@@ -176,16 +137,22 @@ def left_alone(rank: int, folder: str) -> str:
     return "went on"
 
 
-def everything(rank: int, cases: list[Any], folder: str, table: str) -> dict[str, Any]:
-    return {"runs": runs(rank, cases), "refused": refused(rank, folder, table), "alone": left_alone(rank, folder)}
+def everything(rank: int, cases: list[Any], folder: str, table: str, halves: str) -> dict[str, Any]:
+    found = {
+        "runs": runs(rank, cases),
+        "refused": refused(rank, folder, table),
+        "limits": limited(rank, folder, halves),
+    }
+    return {**found, "saved": saved(rank, folder), "alone": left_alone(rank, folder)}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What two processes did, and what one made of the same cases. Started once: most of the time is imports."""
     folder = tmp_path_factory.mktemp("two")
-    cases, expected = prepared((*ALONE, *JOINT), folder, "cpu")
-    return together(everything, 2, cases, cases[0][3], str(written(folder / "mask.tsv")), folder=folder), expected
+    cases, expected = prepared((*ALONE, *JOINT, *ALSO), folder, "cpu")
+    tables = str(written(folder / "mask.tsv")), str(written(folder / "halves.tsv", HALVES))
+    return together(everything, 2, cases, cases[0][3], *tables, folder=folder), expected
 
 
 def test_two_processes_decide_as_one(two: tuple[list[dict[str, Any]], dict[str, Any]]) -> None:
@@ -195,14 +162,20 @@ def test_two_processes_decide_as_one(two: tuple[list[dict[str, Any]], dict[str, 
 
 def test_processes_exchange_nothing_for_what_each_head_decides_alone(two: tuple[list[dict[str, Any]], Any]) -> None:
     for part in two[0]:
-        made = {name: found[2] for name, found in part["runs"].items()}
+        made = {name: found["exchanges"] for name, found in part["runs"].items()}
         assert {name: made[name] for name in ALONE} == dict.fromkeys(ALONE, 0)
-        assert all(made[name] > 0 for name in JOINT)
+        assert made["quest"] == made["off"] == made["granite_swa snapkv"] == 0
+        assert all(made[name] > 0 for name in (*JOINT, "gemma2 adakv", "pages of what adakv keeps"))
+
+
+def test_graphs_of_two_processes_neither_break_nor_are_made_anew(two: tuple[list[dict[str, Any]], Any]) -> None:
+    for part in two[0]:
+        assert part["runs"]["adakv, eager"]["graphs"] == [[], 0, ["prefill.end", "step"]]
 
 
 def test_processes_that_were_told_different_things_all_refuse(two: tuple[list[dict[str, Any]], Any]) -> None:
     first, second = (part["refused"] for part in two[0])
-    for key in ("policy", "parameter", "backend"):
+    for key in ("policy", "parameter", "backend", "limit"):
         assert first[key] == second[key]
         assert "the processes of one model were told different things" in first[key]
     assert "policy snapkv" in first["policy"] and "policy h2o" in first["policy"]
@@ -212,8 +185,46 @@ def test_processes_that_were_told_different_things_all_refuse(two: tuple[list[di
 def test_what_one_process_cannot_do_none_does_and_the_next_call_works(two: tuple[list[dict[str, Any]], Any]) -> None:
     first, second = (part["refused"] for part in two[0])
     assert "process 1 of 2 could not optimise its heads" in first["table"] and second["table"].startswith("K")
-    assert first["limit"] == second["limit"] and "max_bytes is not supported where several" in first["limit"]
     assert first["right"] == second["right"] == "optimised"
+
+
+def test_heads_that_decide_together_what_they_read_are_refused(two: tuple[list[dict[str, Any]], Any]) -> None:
+    for name in TOGETHER_READ:
+        assert all("lets heads decide together what they read" in part["refused"][name] for part in two[0]), name
+
+
+@pytest.mark.parametrize("layout", ["extents", "pages"])
+def test_a_step_for_which_one_process_has_no_room_is_refused_in_both_and_goes_on_later(
+    two: tuple[list[dict[str, Any]], Any], layout: str
+) -> None:
+    full, other = (part["limits"][layout]["step"] for part in two[0])
+    assert full["said"].startswith("max_bytes is") and "process 0 of 2 has no room" in other["said"]
+    assert full["made"] == other["made"] and PROMPT + 2 < full["made"] < PROMPT + NEW
+    assert full["seen"] == other["seen"] == full["made"] - 1
+    assert [len(head) for layer in full["rows"] for head in layer] == [full["seen"]] * 6
+    assert [len(head) for layer in other["rows"] for head in layer] == [10] * 6
+    assert full["goes on"] and other["goes on"]
+
+
+@pytest.mark.parametrize("layout", ["extents", "pages"])
+def test_a_prompt_or_a_copy_for_which_one_process_has_no_room_changes_nothing_in_either(
+    two: tuple[list[dict[str, Any]], Any], layout: str
+) -> None:
+    full, other = (part["limits"][layout] for part in two[0])
+    assert "120 tokens needs" in full["prefill"]["said"] and "process 0 of 2" in other["prefill"]["said"]
+    assert full["prefill"]["seen"] == other["prefill"]["seen"] == 0
+    assert full["select"]["unchanged"] and other["select"]["unchanged"]
+    for kind in ("select", "clone"):
+        assert full["select"]["told"][kind].startswith("max_bytes is"), kind
+        assert "process 0 of 2 has no room" in other["select"]["told"][kind], kind
+    assert full["select"]["top"] == other["select"]["top"] == [full["select"]["top"][0]] * 2
+
+
+def test_each_process_goes_on_from_a_file_of_its_heads_and_refuses_that_of_others(
+    two: tuple[list[dict[str, Any]], Any],
+) -> None:
+    for part in two[0]:
+        assert part["saved"]["goes on"] and "other weights" in part["saved"]["other"]
 
 
 def test_a_process_that_ends_is_an_error_in_those_that_wait_for_it(two: tuple[list[dict[str, Any]], Any]) -> None:
