@@ -24,10 +24,10 @@ heads of a group hardly agree on what they choose, which is the worst case. kvco
 includes appending its entry and keeping landmarks, a piece's the landmarks of the whole prompt.
 
 "predicted" is the ratio to our dense read that arithmetic gives: in decode by bytes (landmarks once for each KV head,
-chosen pages once for each query head), in prefill by the part of causal blocks, or for PowerAttention of pairs, that is
-live. What is asked of prefill is 1.3 times that. Layers without attention are measured on a whole random Llama of four
-layers, 16/4 heads of 64, against a model of the two others, between which the feed-forward halves of the missing two
-run as plain modules: same weights, equal logits."""
+chosen pages once for each query head; all keys once more where single entries are chosen), in prefill by the part of
+causal blocks, or for PowerAttention of pairs, that is live. What is asked of prefill is 1.3 times that. Layers without
+attention are measured on a whole random Llama of four layers, 16/4 heads of 64, against a model of the two others,
+between which the feed-forward halves of the missing two run as plain modules: same weights, equal logits."""
 
 
 class Piece:

@@ -2,10 +2,10 @@
 
     python benchmarks/reads_cpu.py [--only decode prefill off] [--lengths N ...] [--prompt N] [--rounds N]
 
-Decode: quest (pages of 16, 1024 tokens) and a static pattern at several lengths, against our dense decode and packed
-SDPA. Prefill: MoBA, PowerAttention and block sets at several live shares, against our dense causal prefill and SDPA.
-Off: a whole model with layers that are off, beside one that has no attention there. All contestants of a table take
-turns, as in attention_cpu.py. Writes benchmarks/results/reads_cpu.json and .md.
+Decode: quest (pages of 16, 1024 tokens), 1024 single entries, a choice for later layers and a static pattern at several
+lengths, against our dense decode and packed SDPA. Prefill: MoBA, PowerAttention and block sets at several live shares,
+against our dense causal prefill and SDPA. Off: a whole model with layers that are off, beside one that has no attention
+there. All contestants of a table take turns, as in attention_cpu.py. Writes benchmarks/results/reads_cpu.json and .md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ QUEST = f"""policy quest():
     unit page({PAGE}) with lo = min[i] k, hi = max[i] k
     score s = sum[d] max(q * lo, q * hi)
     attend newest page | top({BUDGET // PAGE}) pages by s per query_head
+    at step
+"""
+ENTRIES = f"policy entries():\n    attend top({BUDGET}) by logit per query_head\n    at step\n"
+PICKS = f"""policy picks():
+    layers 0:
+        pick t = top({BUDGET}) by logit per query_head
+        attend all
+    rest: attend t
     at step
 """
 WINDOW = f"policy window():\n    attend sink(64) | recent({BUDGET - 64})\n"
@@ -76,6 +84,8 @@ def decode(setting: Setting) -> Iterator[Section]:
             parts = {
                 "kvcompile, quest": (QUEST, chosen if n > BUDGET + PAGE else whole),  # else there is nothing to choose
                 "kvcompile, sink and window": (WINDOW, KV_HEADS * min(n, BUDGET) * entry),
+                "kvcompile, single entries": (ENTRIES, min(whole // 2 + Q_HEADS * BUDGET * entry, 2 * whole)),
+                "kvcompile, all, and picks": (PICKS, whole + whole // 2),
                 DENSE: ("keep_all", whole),
             }
             ours = []

@@ -119,6 +119,7 @@ def _selection(context: Context, term: ast.Selection, placed: Placed, clause: Se
             context.say("K210", "`cover` wants the part of the mass to reach", term.amount, "such as cover(95%)")
     else:
         _amount(context, term.amount, env, fraction=True, regions=clause.set)
+        _chooses_nothing(context, term)
     check_selection_score(context, term.by, placed.prefixes, "ui" if by_unit else "iu", _decides(context, clause))
     _scopes(context, term, clause, env)
 
@@ -213,6 +214,20 @@ def _amount(context: Context, expr: ast.Expr, env: Env, fraction: bool, regions:
             f"the regions of this set take {taken}; the budget must be at least that" if taken else "counts begin at 0"
         )
         context.say("K205", f"this count is {shown(count)}, whatever the prompt", expr, hint)
+
+
+def _chooses_nothing(context: Context, term: ast.Selection) -> None:
+    """A count that comes to none whatever the prompt: legal, and hardly what was meant."""
+    value = constant(term.amount)
+    kinds = {part.kind for part in term.amount.walk() if isinstance(part, ast.Number)}
+    if value is None or not 0 <= value < 1 or kinds & {"float", "bytes"}:  # a bare fraction is of the candidates
+        return
+    cut = f"{float(value):.4g}, cut to 0" if value else "0"
+    what = f"no whole {term.unit} are" if term.unit is not None else "no entry is"
+    hint = "give it at least 1"
+    if value and term.unit is not None:
+        hint = "give a budget of at least one unit"
+    context.say("K212", f"this count is {cut}: {what} chosen, whatever the prompt", term.amount, hint)
 
 
 def _taken(union: ast.SetUnion) -> str:

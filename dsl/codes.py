@@ -101,7 +101,11 @@ CATALOGUE: dict[str, Code] = {
     "K209": Code("error", "pooling width", "Pooling is centred, so its width is an odd number of entries."),
     "K210": Code("error", "fraction", "A percentage lies between 0% and 100%, and `of` wants one on its left."),
     "K211": Code("error", "count", "A count is one number per row: a constant, a run-time number or a share."),
-    "K212": Code("warning", "nothing left to select", "A region of the union already takes every entry."),
+    "K212": Code(
+        "warning",
+        "nothing left to select",
+        "A region of the union takes every entry, or the count is 0 for every prompt.",
+    ),
     "K213": Code("error", "not a value", "The construct needs a number or an expression here."),
     "K214": Code(
         "error",

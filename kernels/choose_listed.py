@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from kvcompile.kernels import defaults
 from kvcompile.kernels.choose import decode_spec, unprintable
-from kvcompile.kernels.choose_reads import blocks_spec, marks_spec, spans_spec, units_spec
+from kvcompile.kernels.choose_reads import blocks_spec, chooses_entries, marks_spec, spans_spec, units_spec
 from kvcompile.kernels.contexts import context
 from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.marks import layout_of, size_of
@@ -37,11 +37,23 @@ def listed_marks(plan: PolicyPlan) -> KernelSpec:
 
 def listed_units(plan: PolicyPlan, read: int) -> KernelSpec:
     """What a read's queries choose in a step, as lists of spans."""
+    _refuse(plan, read)
     spec = units_spec(plan, read, _in_steps(plan, read))
     if spec.fact("picked"):
         raise Unprintable("entries that were picked before have no Triton form yet")
     facts: dict[str, Fact] = {"span": span_of(plan), "drops": _drops(plan, read)}
     return _with(spec, **facts, **defaults.units(plan.facts))
+
+
+def _refuse(plan: PolicyPlan, read: int) -> None:
+    """What generated C++ computes and Triton does not."""
+    for rule in plan.reads[read].rules:
+        if rule.pick is not None:
+            raise Unprintable("a choice for later layers has no Triton form yet")
+        if chooses_entries(rule):
+            raise Unprintable("a selection of single entries has no Triton form yet")
+    if plan.reads[read].holds:
+        raise Unprintable("steps that go on with the set of an earlier forward have no Triton form yet")
 
 
 def listed_decode(plan: PolicyPlan) -> KernelSpec:
@@ -71,6 +83,7 @@ def _entry_by_entry(spec: KernelSpec) -> str:
 
 def listed_piece(plan: PolicyPlan, read: int) -> KernelSpec:
     """What the queries of a prompt's piece choose by a read, and which tiles of entries they read."""
+    _refuse(plan, read)
     rule = in_pieces(plan, read)
     spec = units_spec(plan, read, rule)
     if spec.fact("picked"):
@@ -121,6 +134,11 @@ def _fires_in_pieces(rule: ReadRule) -> bool:
 def narrows_pieces(plan: PolicyPlan) -> bool:
     """Whether some rule may fire in a prompt's piece: if none does, its queries read all."""
     return any(_fires_in_pieces(rule) for read in plan.reads for rule in read.rules)
+
+
+def narrows_steps(plan: PolicyPlan) -> bool:
+    """Whether some step may read less than all."""
+    return any(read.narrows_steps for read in plan.reads)
 
 
 def in_pieces(plan: PolicyPlan, read: int) -> int:
@@ -216,10 +234,11 @@ def places(plan: PolicyPlan) -> Iterator[tuple[str, Make]]:
     if not plan.reads:
         return
     if layout_of(plan).count:
-        yield "landmarks, decode", lambda: listed_marks(plan)
-    for index, read in enumerate(plan.reads):
+        yield "landmarks", lambda: listed_marks(plan)
+    for index, read in enumerate(plan.reads if narrows_steps(plan) else ()):
         yield f"{read.name}, decode", lambda i=index: listed_units(plan, i)  # type: ignore[misc]
-    yield "decode", lambda: listed_decode(plan)
+    if narrows_steps(plan):
+        yield "decode", lambda: listed_decode(plan)
     for index, read in enumerate(plan.reads):
         if any(_fires_in_pieces(rule) for rule in read.rules):
             yield f"{read.name}, prefill attention", lambda i=index: listed_piece(plan, i)  # type: ignore[misc]
@@ -239,12 +258,21 @@ def listed_specs(plan: PolicyPlan) -> tuple[KernelSpec, ...]:
 
 
 def unlisted(plan: PolicyPlan) -> tuple[str, ...]:
-    """What of a plan's reads has no Triton form, with its place and reason."""
+    """What of a plan's reads has no Triton form, with its place and reason.
+
+    Attention of all reads stands in the list only where it is no read of its own that is the reason.
+    """
     reasons: dict[str, None] = {}
+    told: set[tuple[str, str]] = set()
     for place, make in places(plan):
         try:
             make()
         except Unprintable as error:
+            read, _, kernel = place.rpartition(", ")
+            if read:
+                told.add((kernel, str(error)))
+            elif (kernel, str(error)) in told:
+                continue
             reasons[f"{place}: {error}"] = None
     for cls in plan.classes:
         if any(asks_narrowed(plan, formula) for formula in formulas_of(cls)):
@@ -252,7 +280,7 @@ def unlisted(plan: PolicyPlan) -> tuple[str, ...]:
     for state in plan.states if narrows_pieces(plan) else ():
         if state.add is not None:
             reasons[f"state {state.name}, prefill: sums over narrowed reads have no Triton form yet"] = None
-    for cls in plan.classes if plan.reads and scores_steps(plan) else ():
+    for cls in plan.classes if narrows_steps(plan) and scores_steps(plan) else ():
         if any(cls.fires_on(kind) for kind in STEP_TRIGGERS):
             reasons[f"class {cls.name}, after a step: scores of narrowed reads have no Triton form yet"] = None
     return tuple(reasons)

@@ -1,4 +1,4 @@
-"""Which kernels a policy's reads need: landmarks, choices of units, reads of lists in a step, of blocks in a piece.
+"""Which kernels a policy's reads need: landmarks, choices of units and of entries, lists in a step, blocks in a piece.
 
 Takes a `PolicyPlan`, gives `KernelSpec`s, the same for every target. Guarantees: what has no form raises `Unprintable`
 and is listed by `slow_reads` with its place and reason; nothing is left out silently.
@@ -12,7 +12,8 @@ from kvcompile.kernels import reach
 from kvcompile.kernels.counts import scalars_of
 from kvcompile.kernels.holes import region_text
 from kvcompile.kernels.marks import Kind, MarksLayout, layout_of, size_of
-from kvcompile.kernels.plan import PolicyPlan, ReadRule, Region, Selection
+from kvcompile.kernels.plan import Expr, PolicyPlan, QuerySource, ReadRule, Region, Selection
+from kvcompile.kernels.reads import HELD
 from kvcompile.kernels.spec import Fact, Hole, KernelSpec
 from kvcompile.kernels.spec_facts import pool_facts, shape, variants
 from kvcompile.kernels.stages import Unprintable
@@ -53,9 +54,10 @@ def units_spec(plan: PolicyPlan, read: int, rule: int) -> KernelSpec:
         "counts": "\n".join(f"{i} {plan.counts[i].name}" for i in counts),
     }
     facts: dict[str, Fact] = {**shape(plan), "group": plan.facts.group, "page": plan.page}
-    facts |= {"picked": " ".join(map(str, picked)), "sets": plan.facts.group if picked else 1, "rank": "none"}
+    apart = bool(picked) or chooses_entries(of)
+    facts |= {"picked": " ".join(map(str, picked)), "sets": plan.facts.group if apart else 1, "rank": "none"}
     tag = f"read{read}_{rule}"
-    if of.selections:
+    if of.selections and not chooses_entries(of):
         (term,) = of.selections
         facts |= _choice(plan, term)
         units = {unit.name: dict(unit.landmarks) for unit in plan.units}
@@ -63,16 +65,44 @@ def units_spec(plan: PolicyPlan, read: int, rule: int) -> KernelSpec:
     return KernelSpec.of("units", holes, tag, **facts)
 
 
+def entries_spec(plan: PolicyPlan, read: int, rule: int) -> KernelSpec:
+    """Which single entries one rule of a read chooses in a step, of those that its regions leave."""
+    of = plan.reads[read].rules[rule]
+    _refuse(plan, read, of)
+    (term,) = of.selections
+    if term.rank not in ("top", "bottom") or term.scope != "query_head" or not _by_logit(term.score):
+        raise Unprintable("a selection of single entries but by each query head's own logit has no kernel yet")
+    if term.layers != "each" or term.pick is not None or term.observed or term.unit is not None:
+        raise Unprintable("a choice that is not each head's own has no kernel yet")
+    counts = "" if term.count is None else f"{term.count} {plan.counts[term.count].name}"
+    facts: dict[str, Fact] = {**shape(plan), "group": plan.facts.group, "page": plan.page, "rank": term.rank}
+    facts |= {"count": -1 if term.count is None else term.count, "fraction": _part(term)}
+    return KernelSpec.of("entries", {"counts": counts}, f"read{read}_{rule}", **facts)
+
+
+def chooses_entries(rule: ReadRule) -> bool:
+    """Whether a rule's one selection is of single entries, not of units."""
+    return len(rule.selections) == 1 and rule.selections[0].whole is None
+
+
+def _by_logit(score: Expr) -> bool:
+    """Whether a score is the logit of the query at hand."""
+    match score:
+        case Expr("reduce", (Expr("evidence", _, ("logit", QuerySource("own"))),), ("sum", "q")):
+            return True
+    return False
+
+
 def spans_spec(plan: PolicyPlan) -> KernelSpec:
     """A step whose heads read lists of their rows' entries, or all of them: append and attend."""
     _plain_reads(plan)
     reach.after_reads(plan)
-    if any(read.holds for read in plan.reads):
-        raise Unprintable("steps that go on with the set of an earlier forward have no kernel yet")
+    if plan.facts.group > 24 and any(read.holds for read in plan.reads):
+        raise Unprintable("sets that steps go on with are bits of a float32: more than 24 query heads do not fit")
     if any(state.add is not None for state in plan.states):
         raise Unprintable("states that grow by what a narrowed step reads have no kernel yet")
     holes: dict[str, Hole] = {f"init {state.name}": reach.formula(state.init) for state in plan.states}
-    facts = pool_facts(plan) | variants(plan) | {"group": plan.facts.group}
+    facts = pool_facts(plan, (HELD,)) | variants(plan) | {"group": plan.facts.group}
     return KernelSpec.of("spans", holes, "_".join(sorted(variants(plan))), **facts)
 
 
@@ -102,13 +132,18 @@ def read_places(plan: PolicyPlan) -> Iterator[tuple[str, Make]]:
         yield "landmarks", lambda: marks_spec(plan)
     for index, read in enumerate(plan.reads):
         for i, rule in enumerate(read.rules):
-            yield f"{read.name}, {'pick' if rule.pick is not None else 'attend'}", _maker(plan, index, i)
-    yield "narrowed decode", lambda: spans_spec(plan)
+            what = f"{read.name}, {'pick' if rule.pick is not None else 'attend'}"
+            if rule.narrows:
+                yield what, _maker(units_spec, plan, index, i)
+            if rule.narrows and chooses_entries(rule):
+                yield what, _maker(entries_spec, plan, index, i)
+    if any(read.narrows_steps for read in plan.reads):
+        yield "narrowed decode", lambda: spans_spec(plan)
     yield "narrowed prefill", lambda: blocks_spec(plan)
 
 
-def _maker(plan: PolicyPlan, read: int, rule: int) -> Make:
-    return lambda: units_spec(plan, read, rule)
+def _maker(make: Callable[[PolicyPlan, int, int], KernelSpec], plan: PolicyPlan, read: int, rule: int) -> Make:
+    return lambda: make(plan, read, rule)
 
 
 def read_specs(plan: PolicyPlan) -> tuple[KernelSpec, ...]:
@@ -146,8 +181,8 @@ def _plain_reads(plan: PolicyPlan) -> None:
 def _refuse(plan: PolicyPlan, read: int, rule: ReadRule) -> None:
     """Rules that no kernel computes."""
     _plain_reads(plan)
-    if rule.pick is not None:
-        raise Unprintable("a choice for later layers has no kernel yet")
+    if rule.pick is not None and len([r for r in plan.reads[read].rules if r.pick is not None]) > 1:
+        raise Unprintable("several choices for later layers in one layer have no kernel yet")
     if any(trigger.cond is not None for trigger in rule.triggers):
         raise Unprintable("triggers with a condition have no kernel yet")
     for term in rule.terms:
@@ -167,20 +202,19 @@ def _refuse(plan: PolicyPlan, read: int, rule: ReadRule) -> None:
 
 def _refuse_rows(plan: PolicyPlan, layer: int, head: int) -> None:
     if plan.facts.reach(layer):
-        raise Unprintable("units in layers with a sliding window have no kernel yet")
+        raise Unprintable("selections in layers with a sliding window have no kernel yet")
     own = plan.class_of[layer][head]
     for index, cls in enumerate(plan.classes):
         if own in (index, cls.rows_of) and not cls.keeps_all:
             if cls.moves:
-                raise Unprintable("units of rows whose losers leave something behind have no kernel yet")
+                raise Unprintable("selections in rows whose losers leave something behind have no kernel yet")
             if not cls.by_position:
-                raise Unprintable("units of rows that are in no order have no kernel yet")
+                raise Unprintable("selections in rows that are in no order have no kernel yet")
 
 
 def _choice(plan: PolicyPlan, term: Selection) -> dict[str, Fact]:
     """Facts of the selection of a rule."""
-    if term.whole is None:
-        raise Unprintable("a selection of single entries has no kernel yet")
+    assert term.whole is not None
     if term.scope not in ("head", "query_head") or term.layers != "each" or term.pick is not None or term.observed:
         raise Unprintable("a choice that is not each head's own has no kernel yet")
     unit = plan.unit(term.whole)
@@ -192,7 +226,6 @@ def _choice(plan: PolicyPlan, term: Selection) -> dict[str, Fact]:
     inner, outer = layout.kind(score.unit), layout.kind(term.whole)
     if any(p.kind == "regroup" for p in score.passes) == (inner == outer):
         raise Unprintable("a score of units by landmarks of others has no kernel yet")
-    fraction = term.fraction
     apart = term.scope == "query_head" and leaves_heads(term.score)
     if term.scope == "head" and leaves_heads(term.score):
         raise Unprintable("a score that leaves query heads open has no kernel yet")
@@ -201,7 +234,7 @@ def _choice(plan: PolicyPlan, term: Selection) -> dict[str, Fact]:
         "scope": term.scope,
         "sets": plan.facts.group if apart else 1,
         "count": -1 if term.count is None else term.count,
-        "fraction": f"{fraction.numerator}/{fraction.denominator}" if fraction is not None else "0/0",
+        "fraction": _part(term),
         "size": unit.size,
         "offset": unit.offset,
         "each": outer.each,
@@ -212,6 +245,11 @@ def _choice(plan: PolicyPlan, term: Selection) -> dict[str, Fact]:
         "landmarks": " ".join(_offsets(plan, inner)),
         **{f"inner_{name}": value for name, value in _inner(inner).items()},
     }
+
+
+def _part(term: Selection) -> str:
+    """A selection's part of its candidates; 0/0 where it names a count."""
+    return "0/0" if term.fraction is None else f"{term.fraction.numerator}/{term.fraction.denominator}"
 
 
 def _inner(kind: Kind) -> dict[str, int]:

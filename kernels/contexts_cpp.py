@@ -179,6 +179,7 @@ _CONTEXTS: dict[str, Callable[[KernelSpec], Context]] = {
     "select": _select,
     "marks": contexts_cpp_reads.marks,
     "units": contexts_cpp_reads.units,
+    "entries": contexts_cpp_reads.entries,
     "spans": contexts_cpp_reads.spans,
     "blocks": contexts_cpp_reads.blocks,
 }

@@ -194,6 +194,14 @@ def _told(hole: Hole, grouped: bool) -> dict[str, Any]:
     return {"lines": hole.lines, "result": result, "uses": hole.uses, "grouped": grouped}
 
 
+def entries(spec: KernelSpec) -> Context:
+    """templates/entries.cpp.jinja."""
+    counts = tuple(tuple(line.split(" ", 1)) for line in str(dict(spec.holes)["counts"]).split("\n") if line)
+    part = [int(x) for x in str(spec.fact("fraction")).split("/")]
+    wanted = counts[0][1] if counts else f"{part[0]}/{part[1]} of the candidates"
+    return {"formulas": ((str(spec.fact("rank")), f"{wanted} by logit"),), "fraction": part}
+
+
 def spans(spec: KernelSpec) -> Context:
     """templates/spans.cpp.jinja."""
     formulas = expressions(spec)

@@ -163,6 +163,45 @@ def _units(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Tr
     return (query,), Traffic((("landmarks", marks), ("positions", 4 * rows * sizes.tokens)))
 
 
+def _choice_of_entries(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    """Of one query of every row: all keys."""
+    facts = plan.facts
+    query = ("q", f"[B, {facts.q_heads}, {facts.head_dim}]")
+    return (query,), Traffic((("keys", _entries(plan, sizes) * facts.entry_bytes // 2),))
+
+
+# Instructions of a lane for each score of a piece's choice, counted in what Triton 3.7.1 makes of it for sm_90 (heads
+# of 128, 4 of a KV head, landmarks in float32): landmark to key; a key's load, ends of its line, its bit; a round of
+# the search. Rounds: the mean over draws of 16 lines of 512 normal scores of which 51 win, until all lines are done;
+# of queries that choose alike it is 1 or 2. Tiles are as wide as a power of two.
+TO_KEY, TO_BIT, ROUND, ROUNDS, PADDED = 34, 28, 6, 13, 4 / 3
+IN_PARTS = 3  # products that a float32 landmark takes
+
+
+def _chosen(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    """Of a prompt read as one piece: every query's scores of the units before it, which go to memory and come back."""
+    facts, layout, tokens = plan.facts, layout_of(plan), sizes.batch * sizes.tokens
+    query = ("q", f"[B, {facts.q_heads}, M, {facts.head_dim}]")
+    parts = [("queries", tokens * facts.q_heads * facts.entry_bytes // 2)]
+    tile = spec.number("tile")
+    parts.append(("lists", facts.kv_heads * tokens * (sizes.tokens // tile) * 4 // 128))
+    if dict(spec.holes).get("score") is None:
+        return (query,), Traffic(tuple(parts))
+    units = -(-sizes.tokens // spec.number("size"))
+    marked = units * spec.number("size") // spec.number("inner_stride")
+    lines, sets = tokens * facts.q_heads, facts.q_heads if spec.number("sets") > 1 else facts.kv_heads
+    marks = sizes.batch * facts.kv_heads * layout.blocks(sizes.tokens) * layout.width * layout.itemsize
+    parts += [
+        ("landmarks", marks),
+        ("scores out and in", 8 * lines * marked // 2),
+        ("what is chosen", 4 * tokens * sets * -(-units // 32)),
+    ]
+    products = 1 if spec.fact("own") else IN_PARTS
+    lanes = lines * marked // 2 * TO_KEY + int(tokens * sets * units // 2 * PADDED * (TO_BIT + ROUNDS * ROUND))
+    work = lines * marked * facts.head_dim * products  # half of the pairs, a multiplication and an addition each
+    return (query,), Traffic(tuple(parts), 2, operations=work, lanes=lanes)
+
+
 def _spans(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
     """Of rows that are read as a whole; lists read their share of it."""
     facts = plan.facts
@@ -182,7 +221,8 @@ _ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffi
     "pool": _pool,
     "marks": _marks,
     "units": _units,
+    "entries": _choice_of_entries,
     "spans": _spans,
     "blocks": _prefill,
-    "chosen": _units,
+    "chosen": _chosen,
 }

@@ -130,10 +130,10 @@ def region_text(plan: PolicyPlan, region: Region) -> str:
         case "newest":
             unit = plan.unit(region.unit or "")
             if unit.offset:
-                raise Unprintable("the region newest with units that start at an offset has no Triton form yet")
+                raise Unprintable("the region newest with units that start at an offset has no kernel yet")
             return f"(at >= at_now // {unit.size} * {unit.size})"
         case other:
-            raise Unprintable(f"the region {other} has no Triton form yet")
+            raise Unprintable(f"the region {other} has no kernel yet")
 
 
 STEP_LEAVES = {

@@ -88,6 +88,15 @@ class ReadRule:
         return tuple(t for t in self.terms if isinstance(t, Selection))
 
     @property
+    def narrows(self) -> bool:
+        """Whether it leaves something out, or says what later layers read."""
+        return self.pick is not None or not any(isinstance(t, Region) and t.kind == "all" for t in self.terms)
+
+    @property
+    def fires_in_steps(self) -> bool:
+        return not self.triggers or any(t.kind in ("step", "every", "when") for t in self.triggers)
+
+    @property
     def always(self) -> bool:
         """Whether it is computed anew in every forward."""
         sure = {t.kind for t in self.triggers if t.cond is None}
@@ -111,6 +120,11 @@ class ReadPlan:
         sets = [rule for rule in self.rules if rule.pick is None]
         sure = any(not r.triggers or any(t.kind == "step" and t.cond is None for t in r.triggers) for r in sets)
         return bool(sets) and not sure
+
+    @property
+    def narrows_steps(self) -> bool:
+        """Whether some step may read less than all."""
+        return self.holds or any(rule.narrows and rule.fires_in_steps for rule in self.rules)
 
 
 def formulas_of(cls: ClassPlan | ReadRule) -> list[Expr]:

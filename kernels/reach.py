@@ -13,7 +13,8 @@ from kvcompile.kernels.stages import Unprintable
 
 _LEAVES = ("const", "scalar", "field", "evidence", "state", "landmark", "tile")  # beside these: reference and cpu alone
 _SOURCES = ("forward", "last", "peek")
-_HIDDEN = {"@count": "entries that stand for several tokens", "@score": "decisions that wait for all layers"}
+_HIDDEN = {"@count": "entries that stand for several tokens", "@score": "decisions that wait for all layers",
+           "@read": "sets that steps go on with"}  # fmt: skip
 
 
 def refuse(what: str) -> None:
@@ -34,10 +35,10 @@ def formula(expr: Expr) -> Expr:
     return expr
 
 
-def pools(plan: PolicyPlan) -> None:
-    """Entries that carry more than key, value, position, mark and the policy's own states."""
+def pools(plan: PolicyPlan, carried: tuple[str, ...] = ()) -> None:
+    """Entries that carry more than key, value, position, mark, the policy's own states and those that are `carried`."""
     for state in plan.states:
-        if state.name.startswith("@"):
+        if state.name.startswith("@") and state.name not in carried:
             refuse(f"{_HIDDEN.get(state.name.split(':')[0], _HIDDEN['@score'])} have")
 
 

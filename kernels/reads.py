@@ -35,16 +35,17 @@ def holds_sets(plan: PolicyPlan) -> bool:
 
 
 def narrows(plan: PolicyPlan, site: Site) -> bool:
-    """Whether some rule of a layer's rows fires in this forward, for some sequence, or did for a set that is held."""
+    """Whether some rule of a layer's rows narrows them in this forward, for some sequence, or did for a held set."""
     if not plan.reads:  # asked for in every layer of every step
         return False
     here = set(plan.reading(int(site.layer))) - {-1}
     if not here:
         return False
-    fires = bool(site.fires[len(plan.classes) :].any())
-    rules = (rule for index in here for rule in plan.reads[index].rules)
-    always = any(not rule.triggers and not all_without(rule) for rule in rules)
-    return fires or always or any(plan.reads[index].holds for index in here)
+    if any(plan.reads[index].holds for index in here):
+        return True
+    rules = [(line, rule) for line, index, rule in rules_of(plan) if index in here and rule.narrows]
+    always = any(not rule.triggers and not all_without(rule) for _, rule in rules)
+    return always or any(bool(site.fires[line].any()) for line, _ in rules)
 
 
 def rules_of(plan: PolicyPlan) -> Iterator[tuple[int, int, ReadRule]]:

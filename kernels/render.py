@@ -86,6 +86,7 @@ PURPOSE = {
     "keys": "a score from each key alone",
     "marks": "landmarks of units that have become full",
     "units": "which units each query reads by a rule's choice, and which entries by its regions",
+    "entries": "which single entries the query of a step reads by a rule's choice",
     "spans": "one token of every sequence: append, then each head reads its list of a row's entries, or all",
     "blocks": "a piece of every sequence, each query by what its rule reads, in strips of those that read alike",
     "chosen": "which units each query of a piece chooses, and which tiles of entries are read at all",

@@ -21,8 +21,9 @@ def shape(plan: PolicyPlan) -> dict[str, int | str]:
     return {"head_dim": size, "dtype": plan.facts.dtype}
 
 
-def pool_facts(plan: PolicyPlan) -> dict[str, int | str]:
-    reach.pools(plan)
+def pool_facts(plan: PolicyPlan, carried: tuple[str, ...] = ()) -> dict[str, int | str]:
+    """Of kernels that see a pool's entries; carried: hidden states that this kernel keeps itself."""
+    reach.pools(plan, carried)
     names = " ".join(state.name for state in plan.states)
     return shape(plan) | {"page": plan.page, "states": len(plan.states), "state_names": names}
 

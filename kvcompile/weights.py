@@ -7,8 +7,7 @@ what is wrong is a PolicyError (K615 unreadable, K616 does not fit) that names f
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kvcompile.dsl.diagnostics import PolicyError, fail, outside
-from kvcompile.gate_files import FLOATS, gates_in, read_gates
+from kvcompile.gate_files import read_gates
 from kvcompile.kernels.learned import parts
 from kvcompile.kernels.plan import Expr, ModelFacts, PolicyPlan
+from kvcompile.passes.trained_gates import FLOATS, gates_in, opened
 
-MAX_BYTES = 1 << 30
 _SHOWN = 60  # characters of a wrong name that a message shows
 
 
@@ -31,7 +30,7 @@ def load_weights(plan: PolicyPlan, files: Mapping[str, Path], device: torch.devi
         key = str(score.value)
         found |= _load(key, files[key], plan.facts, _width(score, plan.facts), device)
     for key, (score, layers) in gates_in(plan).items():
-        with _opened(files[key]) as file:
+        with opened(files[key], "pt") as file:
             gates = read_gates(file, files[key], key, score, layers, plan)
         found |= {name: tensor.to(device) for name, tensor in gates.items()}
     return found
@@ -51,7 +50,7 @@ def _width(score: Expr, facts: ModelFacts) -> int:
 
 def _load(key: str, path: Path, facts: ModelFacts, width: int, device: torch.device) -> dict[str, Tensor]:
     """One file's tensors, checked and moved; nothing is read before all names and shapes are right."""
-    with _opened(path) as file:
+    with opened(path, "pt") as file:
         names = set(file.keys())
         wanted = _wanted(file, names, path, facts, width)
         odd = sorted(names - set(wanted))
@@ -83,30 +82,6 @@ def _wanted(file: Any, names: set[str], path: Path, facts: ModelFacts, width: in
         shapes = {w1: (hidden, width), b1: (hidden,), w2: (facts.kv_heads, hidden), b2: (facts.kv_heads,)}
         out |= {name: shape for name, shape in shapes.items() if name in names}
     return out
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.is_dir():
-            raise _unreadable(path, "it is a directory", "name the file in it")
-        if path.stat().st_size > MAX_BYTES:
-            raise _unreadable(path, f"it is larger than {MAX_BYTES} bytes", "is this a file of trained scores?")
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            yield file
-    except FileNotFoundError:
-        raise _unreadable(path, "there is no such file", "check the path") from None
-    except SafetensorError as error:
-        raise _unreadable(path, f"it is no safetensors file ({error})", "save it with safetensors") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise _unreadable(path, str(reason), "check the path and its rights") from None
-
-
-def _unreadable(path: Path, reason: str, hint: str) -> PolicyError:
-    return fail("K615", f"cannot read the trained scores: {reason}", outside(str(path)), hint)
 
 
 def _unfit(path: Path, reason: str, width: int, facts: ModelFacts) -> PolicyError:

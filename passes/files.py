@@ -2,7 +2,7 @@
 
 Takes names and paths as the policy and the caller give them; gives paths, and puts what tables say into the module.
 Guarantees: a file of the caller wins; a path in the policy counts from the policy's folder; nothing is opened but
-tables, which are small; weights are only found, the run time reads them.
+tables, which are small; weights are only found: `trained_gates` reads headers of gates, the run time all the rest.
 """
 
 from __future__ import annotations

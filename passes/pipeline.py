@@ -30,6 +30,7 @@ from kvcompile.passes.memory import Memory
 from kvcompile.passes.schedule import Schedule
 from kvcompile.passes.slide import slide
 from kvcompile.passes.tables import probe_key
+from kvcompile.passes.trained_gates import check_gates
 
 
 class Pass(Protocol):
@@ -89,7 +90,9 @@ def compile_policy(
         bases=_bases(loaded, resolved),
         probes=probes or {},
     )
-    return compile_resolved(resolved, context, findings, dump)
+    compiled = compile_resolved(resolved, context, findings, dump)
+    check_gates(compiled.plan, dict(compiled.learned))
+    return compiled
 
 
 def compile_resolved(

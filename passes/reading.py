@@ -7,7 +7,7 @@ a number is exact where it says so, else never too small; time follows the numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kvcompile.kernels.counts import count_value
@@ -302,7 +302,7 @@ def _floor(part: Fraction | None, of: int) -> int:
 
 def _landmark_bytes(plan: PolicyPlan, read: ReadPlan, seen: int) -> int:
     """Bytes of landmarks that choosing reads of one row."""
-    layout, names = layout_of(plan), asked(plan, read)
+    layout, names = layout_of(plan), asked(plan, _of_steps(read))
     kinds = [kind for kind in layout.kinds if kind.unit.name in names]
     return sum(kind.unit.full(seen) * kind.channels * layout.itemsize for kind in kinds)
 
@@ -314,7 +314,13 @@ def _reads_less_from(plan: PolicyPlan, read: ReadPlan, reach: int) -> int | None
 
 def _pays_from(plan: PolicyPlan, read: ReadPlan, reach: int) -> int | None:
     """The same of which a step moves fewer bytes, by what it reads of a row of that length."""
-    return _first(lambda seen: min(seen, reach or seen) > dense_below(plan, read, _after(plan, read, reach, seen)))
+    own = _of_steps(read)
+    return _first(lambda seen: min(seen, reach or seen) > dense_below(plan, own, _after(plan, read, reach, seen)))
+
+
+def _of_steps(read: ReadPlan) -> ReadPlan:
+    """The rules that are asked in some step; those of prompts alone read nothing there."""
+    return replace(read, rules=tuple(rule for rule in read.rules if rule.fires_in_steps))
 
 
 def _after(plan: PolicyPlan, read: ReadPlan, reach: int, seen: int) -> int:

@@ -153,6 +153,16 @@ def in_layers(first: int, *readings: Reading) -> Reader:
     return Reader(lambda layer, head: readings if layer >= first else ())
 
 
+@dataclass(slots=True)
+class Dense(Reading):
+    """All, as steps do after prompts that methods for prompts alone have narrowed."""
+
+    triggers: tuple[str, ...] = ("step",)
+
+    def read(self, asked: Asked) -> Sets:
+        return [set(asked.columns())] * asked.oracle.group
+
+
 # -- static patterns ---------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +322,8 @@ class Seer(Reading):
 
 @dataclass(slots=True)
 class SeerR(Reading):
-    """Gao et al. 2025 with the identity for its gate: the group's mean query against a block's mean key before RoPE;
-    one choice per KV head."""
+    """Gao et al. 2025 with the identity for its gate: the group's mean query against a block's mean key, both after
+    RoPE; one choice per KV head."""
 
     size: int = 4
     budget: int = 12
@@ -322,20 +332,12 @@ class SeerR(Reading):
     def read(self, asked: Asked) -> Sets:
         query = asked.queries.mean(0)
         full = asked.units(self.size)
-        logits = [query @ unrotated(asked.oracle, asked.row.keys[m], m).mean(0) for m in full.values()]
+        logits = [query @ asked.row.keys[m].mean(0) for m in full.values()]
         scores = torch.softmax(torch.stack(logits), 0).tolist() if full else []
         rivals = asked.rivals(self.size, set())
         scored = {u: s for u, s in zip(full, scores, strict=True) if u in rivals}
         chosen = asked.best(scored, self.budget // self.size)
         return [asked.with_units(self.size, set(), chosen)] * asked.oracle.group
-
-
-def unrotated(oracle: Oracle, keys: Tensor, places: Sequence[int]) -> Tensor:
-    """Keys [n, D] as they were before RoPE turned them at their positions."""
-    angles = torch.outer(torch.tensor(places).float(), oracle.model.model.rotary_emb.inv_freq)
-    real, imaginary = keys.chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], -1)
 
 
 # -- single tokens -----------------------------------------------------------------------------------------------------

@@ -102,7 +102,9 @@ LIBRARY: dict[str, Case] = {
         {"mass": "70%", "rows": "20%"},
     ),
     "seerattention": Case(
-        "seerattention", lambda: reads.everywhere(reads.Seer(size=4, tau=0.02)), {"size": 4, "tau": 0.02}
+        "seerattention",
+        lambda: reads.everywhere(reads.Seer(size=4, tau=0.02), reads.Dense()),
+        {"size": 4, "tau": 0.02},
     ),
     "seerattention_r": Case(
         "seerattention_r", lambda: reads.everywhere(reads.SeerR(size=4, budget=12)), {"size": 4, "budget": 12}
@@ -112,7 +114,7 @@ LIBRARY: dict[str, Case] = {
     ),
     "vertical": Case(
         "vertical",
-        lambda: reads.everywhere(reads.Vertical(sink=2, window=4, n=6, observe=8, alone=True)),
+        lambda: reads.everywhere(reads.Vertical(sink=2, window=4, n=6, observe=8, alone=True), reads.Dense()),
         {"n_sink": 2, "window": 4, "n": 6, "observe": 8},
     ),
     "llmdrop": Case(

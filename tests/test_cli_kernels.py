@@ -25,10 +25,12 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.gpus import GPUS
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.offline import Resources
+from kvcompile.kernels.plan import ModelFacts
 from kvcompile.kernels.status import Missing, missing, rows
 from kvcompile.kernels.tuning import key_of, versions
 from kvcompile.kernels.tuning_space import default
 from kvcompile.kernels.tuning_store import Bucket, Entry, save
+from kvcompile.passes import compile_policy
 from tests.kernels.test_cpp_build import forget, script
 from tests.models import random_model, tokens
 
@@ -171,6 +173,17 @@ def test_what_has_no_kernel_names_what_runs_instead(folder: Path) -> None:
     assert replace(decode, instead="the reference, in torch") in found
     assert replace(decode, target="c++", instead="packed SDPA") in found
     assert f"no Triton kernel: {decode.what}; the reference" in found[0].line()
+
+
+def test_a_read_without_kernels_is_told_once_and_for_no_other_target() -> None:
+    found = missing(compile_policy("graph_kv", ModelFacts(2, 4, 2, 32)).plan)
+    said = [(what.target, what.what) for what in found if "span" in what.what]
+    reason = "the region span has no kernel yet"
+    assert said == [
+        ("triton", f"all, decode: {reason}"),
+        ("triton", f"all, prefill attention: {reason}"),
+        ("c++", f"all, attend: {reason}"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AttentionInterface
 
 import kvcompile
-from kvcompile import weights as module
 from kvcompile.dsl.diagnostics import PolicyError
 from kvcompile.kernels.plan import ClassPlan, Expr, ModelFacts, PolicyPlan, QuerySource, Region, StatePlan, Update
+from kvcompile.passes import trained_gates
 from kvcompile.weights import load_weights
 from tests.models import random_model, tokens
 
@@ -173,5 +173,5 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, monkeypatch: pyt
         path = tmp_path / "bad.safetensors"
         path.write_bytes(bad)
         assert refused(path)[0] == "K615"
-    monkeypatch.setattr(module, "MAX_BYTES", 100)
+    monkeypatch.setattr(trained_gates, "MAX_WEIGHTS", 100)
     assert "larger than 100 bytes" in refused(saved(tmp_path, tensors_of()))[1]

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import reference
-from kvcompile.kernels.choose_reads import blocks_spec, grain_of, marks_spec, spans_spec, units_spec
+from kvcompile.kernels.choose_reads import (
+    blocks_spec,
+    chooses_entries,
+    entries_spec,
+    grain_of,
+    marks_spec,
+    spans_spec,
+    units_spec,
+)
 from kvcompile.kernels.cpp_backend.library import CppLibrary, cpp_library
 from kvcompile.kernels.cpp_backend.prefill import Piece, piece_of
 from kvcompile.kernels.cpp_backend.site import CSite, c_site, layer_of
@@ -22,7 +30,7 @@ from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.marks import MarksLayout, layout_of
 from kvcompile.kernels.plan import PolicyPlan, ReadRule
-from kvcompile.kernels.reads import narrows
+from kvcompile.kernels.reads import HELD, holds_sets, narrows
 
 _address, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _Strides = _long * 6
@@ -34,10 +42,10 @@ class _Reader(ctypes.Structure):
     """`struct Reader` of templates/_reader.cpp.jinja, field by field."""
 
     _fields_ = [
-        *((name, _address) for name in ("choose", "live", "marks", "edges")),
+        *((name, _address) for name in ("choose", "live", "entries", "marks", "edges")),
         *((name, _long) for name in ("marks_b", "edges_b", "sets", "words", "grain")),
         ("picked", _address),
-        *((name, _long) for name in ("places", "head", "layer")),
+        *((name, _long) for name in ("places", "head", "layer", "held", "rests", "slot")),
     ]
 
 
@@ -54,10 +62,11 @@ class _Marks(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A rule's two functions, by address; `choose` is None where it chooses nothing."""
+    """A rule's functions, by address: `choose` is None where it chooses no units, `entries` where no single entries."""
 
     choose: int | None
     live: int
+    entries: int | None
     sets: int
     size: int  # of the units that it chooses; 0: none
     grain: int
@@ -77,20 +86,20 @@ class _Kernels:
     beside: tuple[str, ...] = ()  # what spans takes of the model's attention
     rules: dict[tuple[int, int], _Rule | None] = field(default_factory=dict)
     # Of each layer the latest, and what it was of: a step asks for them anew in every layer.
-    _readers: dict[int, tuple[object, Any]] = field(default_factory=dict)
+    _readers: dict[int, tuple[object, _Readers | None]] = field(default_factory=dict)
     _marks: dict[int, tuple[object, Any]] = field(default_factory=dict)
     _narrows: dict[int, tuple[bytes, bool]] = field(default_factory=dict)
 
-    def readers(self, site: Site, layer: int) -> Any:
+    def readers(self, site: Site, layer: int, step: bool) -> _Readers | None:
         """How each KV head of a layer reads in this forward; None where it needs the definition."""
         new, fires = _news(site), _fires_of(site)
         where = (site.marks.data_ptr(), site.marks.shape[2], site.edges.data_ptr(), site.picked.data_ptr())
-        key = new, fires, where, site.picked.shape
+        key = new, fires, where, site.picked.shape, step
         known = self._readers.get(layer)
         if known is None or known[0] != key:
             own = tuple(b for b, n in enumerate(new) if n)
             lines = site.fires[len(self.plan.classes) :].tolist()
-            known = self._readers[layer] = key, _readers(self, site, layer, own, lines)
+            known = self._readers[layer] = key, _readers(self, site, layer, own, lines, step)
         return known[1]
 
     def narrows(self, site: Site) -> bool:
@@ -110,7 +119,7 @@ class _Kernels:
             facts = dict(spans_spec(plan).facts)
             made.beside = tuple(name for name in _BESIDE if facts.get(name))
             made.spans = spans.spans
-            made.spans.argtypes = [_address] * 7 + [_float, _int, *(_BESIDE[name] for name in made.beside)]
+            made.spans.argtypes = [_address] * 8 + [_float, _int, *(_BESIDE[name] for name in made.beside)]
             made.spans.restype = _long
         if blocks is not None:
             made.blocks = blocks.blocks
@@ -126,14 +135,19 @@ class _Kernels:
             self.rules[read, index] = None if found is None else self._addresses(found, read, index)
         return self.rules[read, index]
 
-    def _addresses(self, found: ctypes.CDLL, read: int, index: int) -> _Rule:
+    def _addresses(self, found: ctypes.CDLL, read: int, index: int) -> _Rule | None:
         spec, rule = units_spec(self.plan, read, index), self.plan.reads[read].rules[index]
         chooses = spec.fact("rank") != "none"
         choose = ctypes.cast(found.choose, _address).value if chooses else None
         live = ctypes.cast(found.live, _address).value
         assert live is not None
-        size = spec.number("size") if chooses else 0
-        return _Rule(choose, live, spec.number("sets"), size, grain_of(self.plan, rule))
+        size, entries = spec.number("size") if chooses else 0, None
+        if chooses_entries(rule):
+            single = self.library.find(entries_spec, read, index)
+            if single is None:
+                return None
+            entries = ctypes.cast(single.entries, _address).value
+        return _Rule(choose, live, entries, spec.number("sets"), size, grain_of(self.plan, rule))
 
 
 class Reads:
@@ -164,14 +178,15 @@ class Reads:
             return None
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
         here = c_site(site, plan.facts.kv_heads)
-        readers = kernels.readers(site, here.layer)
-        if readers is None or not _mark(kernels, site, here, None, None):
+        found = kernels.readers(site, here.layer, step=True)
+        if found is None or (found.chooses and not _mark(kernels, site, here, None, None)):
             return None
         out = q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
         strides = _Strides(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
         failed = kernels.spans(
-            ctypes.addressof(here), ctypes.addressof(readers), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
-            ctypes.addressof(strides), scale, torch.get_num_threads(), *_beside(kernels, site, here.layer),
+            ctypes.addressof(here), ctypes.addressof(found.reads), ctypes.addressof(found.picks), q.data_ptr(),
+            k.data_ptr(), v.data_ptr(), out.data_ptr(), ctypes.addressof(strides), scale,
+            torch.get_num_threads(), *_beside(kernels, site, here.layer),
         )  # fmt: skip
         if failed:
             raise KvCompileError(
@@ -187,14 +202,14 @@ class Reads:
             return None
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
         here, facts = c_site(site, plan.facts.kv_heads), plan.facts
-        readers = kernels.readers(site, here.layer)
-        if readers is None or not _mark(kernels, site, here, k, v):
+        found = kernels.readers(site, here.layer, step=False)
+        if found is None or (found.chooses and not _mark(kernels, site, here, k, v)):
             return None
         sink = site.sink[here.layer] if facts.sinks else None
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
         piece: Piece = piece_of(q, k, v, out, scale, sink=sink, cap=facts.softcap, reach=facts.reach(here.layer))
         kernels.blocks(
-            ctypes.addressof(piece), ctypes.addressof(here), ctypes.addressof(readers), torch.get_num_threads()
+            ctypes.addressof(piece), ctypes.addressof(here), ctypes.addressof(found.reads), torch.get_num_threads()
         )
         for b, (new, peek, start) in enumerate(site.clock[:, :3].tolist()) if site.ring.shape[2] else ():
             reference.file_queries(site, b, q[b, :, q.shape[2] - new - peek :], new, start)
@@ -223,53 +238,91 @@ def _beside(kernels: _Kernels, site: Site, layer: int) -> list[float]:
     return [(asked | {"sliding": facts.reach(layer)})[name] for name in kernels.beside]
 
 
-def _readers(kernels: _Kernels, site: Site, layer: int, active: tuple[int, ...], fires: list[list[int]]) -> Any:
-    plan, layout = kernels.plan, kernels.layout
+def _readers(
+    kernels: _Kernels, site: Site, layer: int, active: tuple[int, ...], fires: list[list[int]], step: bool
+) -> _Readers | None:
+    plan = kernels.plan
     reading = plan.reading(layer)
-    rules = {read: _firing(kernels, read, active, fires) for read in set(reading) - {-1}}
-    if any(rule == _SLOW for rule in rules.values()):
-        return None
-    made = (_Reader * len(reading))()
-    width, edges = layout.width * layout.itemsize, 8 * layout.edges
+    made = _Readers((_Reader * len(reading))(), (_Reader * len(reading))())
+    held = [state.name for state in plan.states].index(HELD) if step and holds_sets(plan) else -1
     for head, read in enumerate(reading):
-        found = rules.get(read)
-        if found is None:
-            continue
-        assert isinstance(found, _Rule)
-        reader, line = layout.readers[layer][head], made[head]
-        line.choose, line.live, line.sets, line.grain = found.choose, found.live, found.sets, found.grain
-        line.words = -(-(site.marks.shape[2] * layout.span // found.size + 1) // 64) if found.size else 0
-        if found.choose is not None:
-            blocks = site.marks.shape[2]
-            line.marks = site.marks[reader].data_ptr()
-            line.edges = site.edges[reader].data_ptr() if layout.evicts[reader] else None
-            line.marks_b, line.edges_b = blocks * width, blocks * edges
-        line.picked, line.places = site.picked.data_ptr(), site.picked.shape[3]
-        line.head, line.layer = head + plan.first_head, layer
+        rules = _Firing(None, None) if read < 0 else _firing(kernels, read, active, fires)
+        if rules is None or (not step and (rules.pick or (rules.reads and rules.reads.entries))):
+            return None
+        line = made.reads[head]
+        _fill(line, kernels, site, layer, head, rules.reads)
+        line.held = held if read >= 0 and plan.reads[read].holds else -1
+        line.rests = line.held >= 0 and not rules.fires
+        if line.rests:
+            line.sets = plan.facts.group
+        _fill(made.picks[head], kernels, site, layer, head, rules.pick)
+        made.picks[head].slot = rules.slot
     return made
 
 
-_SLOW = "definition"
+@dataclass(frozen=True, slots=True)
+class _Readers:
+    """What the KV heads of a layer read, and what they choose for later layers: arrays of `_Reader`."""
+
+    reads: Any
+    picks: Any
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a head chooses by landmarks."""
+        return any(line.choose for lines in (self.reads, self.picks) for line in lines)
 
 
-def _firing(kernels: _Kernels, read: int, active: tuple[int, ...], fires_of: list[list[int]]) -> _Rule | str | None:
-    """The rule of a read that every sequence of this forward goes by; None: they read all; or `_SLOW`."""
+def _fill(line: _Reader, kernels: _Kernels, site: Site, layer: int, head: int, rule: _Rule | None) -> None:
+    """What a rule makes of a head's line; of no rule nothing is chosen, and all is read."""
+    plan, layout = kernels.plan, kernels.layout
+    line.sets = 1
+    line.picked, line.places = site.picked.data_ptr(), site.picked.shape[3]
+    line.head, line.layer = head + plan.first_head, layer
+    if rule is None:
+        return
+    line.choose, line.live, line.entries, line.sets, line.grain = (
+        rule.choose, rule.live, rule.entries, rule.sets, rule.grain
+    )  # fmt: skip
+    line.words = -(-(site.marks.shape[2] * layout.span // rule.size + 1) // 64) if rule.size else 0
+    if rule.choose is not None:
+        reader, blocks = layout.readers[layer][head], site.marks.shape[2]
+        line.marks = site.marks[reader].data_ptr()
+        line.edges = site.edges[reader].data_ptr() if layout.evicts[reader] else None
+        line.marks_b, line.edges_b = blocks * layout.width * layout.itemsize, blocks * 8 * layout.edges
+
+
+@dataclass(frozen=True, slots=True)
+class _Firing:
+    """The rules of a read that every sequence of a forward goes by. reads: None where they read all, or go on with a
+    former set; fires: whether one says what is read; slot: where the choice of `pick` goes."""
+
+    reads: _Rule | None
+    pick: _Rule | None
+    fires: bool = False
+    slot: int = 0
+
+
+def _firing(kernels: _Kernels, read: int, active: tuple[int, ...], fires_of: list[list[int]]) -> _Firing | None:
+    """None: the definition has to say it, since sequences differ, or a rule has no function."""
     plan = kernels.plan
     line = sum(len(other.rules) for other in plan.reads[:read])
     lines = fires_of[line : line + len(plan.reads[read].rules)]
-    found: list[int] = []
+    made: dict[bool, _Rule | None] = {False: None, True: None}
+    slot, fires = 0, False
     for index, (rule, bits) in enumerate(zip(plan.reads[read].rules, lines, strict=True)):
-        fires = {_fires(rule, bits[b]) for b in active}
-        if fires == {False}:
+        firing, picks = {_fires(rule, bits[b]) for b in active}, rule.pick is not None
+        if firing == {False}:
             continue
-        if fires != {True} or rule.pick is not None:
-            return _SLOW
-        found.append(index)
-    if not found:
-        return None
-    if len(found) > 1:
-        return _SLOW
-    return kernels.rule(read, found[0]) or _SLOW
+        if firing != {True} or made[picks] is not None or (fires and not picks):
+            return None
+        if rule.narrows:
+            made[picks] = kernels.rule(read, index)
+            if made[picks] is None:
+                return None
+        slot = slot if rule.pick is None else rule.pick
+        fires |= not picks
+    return _Firing(made[False], made[True], fires, slot)
 
 
 def _fires(rule: ReadRule, bits: int) -> bool | None:
@@ -280,13 +333,14 @@ def _fires(rule: ReadRule, bits: int) -> bool | None:
 
 
 def _mark(kernels: _Kernels, site: Site, here: CSite, k: Tensor | None, v: Tensor | None) -> bool:
-    """Bring the layer's landmarks up to date; False where they have no C++ form."""
+    """Bring the layer's landmarks up to date; False where they have no C++ form.
+
+    Forwards that choose nothing leave them as they are: what has become full is added when they are next asked for.
+    """
     layout = kernels.layout
-    heads = [h for h, reader in enumerate(layout.readers[here.layer]) if reader >= 0]
-    if not heads:  # regions alone
-        return True
     if kernels.marks is None:
         return False
+    heads = [h for h, reader in enumerate(layout.readers[here.layer]) if reader >= 0]
     key = site.marks.data_ptr(), site.edges.data_ptr(), site.marked.data_ptr(), site.marks.shape
     known = kernels._marks.get(here.layer)
     if known is None or known[0] != key:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcompile.gate_files import Trained, gate_bytes
+from kvcompile.gate_files import gate_bytes
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.gates import Gate
 from kvcompile.learning.masks import write
 from kvcompile.passes.learning import DistilPlan
+from kvcompile.passes.trained_gates import Trained
 
 
 class BlockGates(nn.Module):

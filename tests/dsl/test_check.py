@@ -138,6 +138,8 @@ FAULTS = [
         'state trained = learned("w.safetensors", k)',
     ),
     ("keep all | top(n) by norm(k)\nat step", "K212", 2, 10, "every entry"),
+    ("unit page(16)\nattend top(n / 16) pages by norm(k)\nat step", "K212", 3, 16, "is 0.25, cut to 0: no whole pages"),
+    ("keep recent(n) | top(n - 4) by norm(k)\nat step", "K212", 2, 26, "is 0: no entry is chosen"),
     ('keep top("4") by norm(k)\nat step', "K213", 2, 14, "string"),
     # time
     ("keep top(n) by mean[q in last(n)] attn | frozen\nat chunk(8)", "K301", 2, 25, "q in peek(n)"),

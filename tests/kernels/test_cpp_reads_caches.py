@@ -18,6 +18,7 @@ from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.passes import compile_policy
 from kvcompile.sequences import Piece
 from kvcompile.store import ExtentStore
+from tests.kernels.cpp_reading import Counted
 from tests.kernels.layer_run import Run, drawn, forwards
 from tests.kernels.test_cpp_reads import EVICTED, FACTS, POLICIES
 
@@ -96,6 +97,34 @@ def test_a_second_prompt_goes_on_with_the_landmarks_of_the_first() -> None:
         for i, forward in enumerate(forwards((21, 33), 40, 3)):
             run.forward(forward, drawn(run.plan, forward, 50 + i))
     go_on(runs, 3, 200)
+
+
+PROMPTS = """policy prompts():
+    unit page(4) with lo = min[i] k, hi = max[i] k
+{keep}    attend own page | top(2) pages by sum[d] max(q * lo, q * hi) per query_head
+    at chunk
+    attend {then}
+    at step
+"""
+DROPPED = "    keep sink(2) | recent(20) | bottom(6) by norm(k) per head\n    at chunk, step\n"
+
+
+@needs_compiler
+@pytest.mark.parametrize("keep", ("", DROPPED), ids=("all kept", "evicted"))
+@pytest.mark.parametrize("then", ("all", "sink(2) | recent(9)"))
+def test_steps_that_choose_nothing_leave_landmarks_to_the_next_prompt(keep: str, then: str) -> None:
+    runs = both(compile_policy(PROMPTS.format(keep=keep, then=then), FACTS).plan, (30, 17), steps=0)
+    mine, known = runs[0], runs[0].store.marked.clone()
+    mine.backend._reads = counted = Counted()  # type: ignore[attr-defined]
+    go_on(runs, 9, 100)
+    assert (counted.ran, counted.left) == ((0, 0) if then == "all" else (9, 0))  # all: plain decode
+    assert bool((mine.store.marked <= known).all()) and layout_of(mine.plan).count
+    for run in runs:
+        run.begin((21, 33))
+    for i, forward in enumerate(forwards((21, 33), 40, 2)):
+        ours, truth = (run.forward(forward, drawn(run.plan, forward, 50 + i)) for run in runs)
+        torch.testing.assert_close(ours, truth, rtol=2e-5, atol=2e-5)
+    assert counted.left == 0 and bool((mine.store.marked > known).any())
 
 
 def test_landmarks_are_counted_in_bytes_and_grow_by_doubling() -> None:

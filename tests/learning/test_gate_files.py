@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from kvcompile.dsl.diagnostics import PolicyError
-from kvcompile.gate_files import Trained, gate_bytes, gates_in
+from kvcompile.gate_files import gate_bytes
 from kvcompile.kernels.expr import Expr
 from kvcompile.kernels.gates import OWN, gate_of
 from kvcompile.kernels.plan import ClassPlan, ModelFacts, PolicyPlan, ReadPlan, ReadRule
 from kvcompile.kernels.terms import Region, Selection, UnitPlan
 from kvcompile.passes.masks import PROVENANCE
+from kvcompile.passes.trained_gates import Trained, check_gates, gates_in
 from kvcompile.weights import load_weights
 
 FACTS = ModelFacts(3, 4, 2, 8)
@@ -129,6 +130,10 @@ def test_what_gates_were_trained_on_must_be_what_the_policy_says(tmp_path: Path)
     ):
         code, message = refused(path, plan)
         assert code == "K616" and reason in message
+        with pytest.raises(PolicyError) as by_header:
+            check_gates(plan, {"live": path})
+        assert by_header.value.diagnostics[0].message == message
+    check_gates(plan_of(), {"live": path})
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ LONG = {
     "sparse_transformer": ({"size": 32}, reads.Fixed(size=32, start=1)),
     "quest": ({"page": 16, "budget": 64}, reads.Quest(page=16, budget=64)),
     "moba": ({"size": 32, "n": 3}, reads.MoBA(size=32, n=3)),
-    "seerattention": ({"size": 16, "tau": 0.05}, reads.Seer(size=16, tau=0.05)),
+    "seerattention": ({"size": 16, "tau": 0.05}, reads.Seer(size=16, tau=0.05), reads.Dense()),
     "seerattention_r": ({"size": 16, "budget": 64}, reads.SeerR(size=16, budget=64)),
 }
 
@@ -59,10 +59,10 @@ LONG = {
 @pytest.mark.parametrize(("name", "backend"), some(LONG, ["moba"]))
 def test_p1_reads_of_a_prompt_of_many_tiles_equal_the_oracle(name, backend):
     """300 tokens, of pages as large as published ones nearly are: more than a tile of queries, keys or units."""
-    params, reading = LONG[name]
+    params, *readings = LONG[name]
     first = 2 if name == "quest" else 0
     layers = {"num_hidden_layers": 3 if name == "quest" else 1}
-    agrees(Case(name, lambda: reads.in_layers(first, reading), params, changes=layers), backend, first=300, steps=20)
+    agrees(Case(name, lambda: reads.in_layers(first, *readings), params, changes=layers), backend, first=300, steps=20)
 
 
 def batch(case: Case) -> tuple[list[list[int]], list[list[int]]]:

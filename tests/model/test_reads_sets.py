@@ -3,12 +3,16 @@
 from fractions import Fraction
 
 import pytest
+import torch
 
+import kvcompile
 from tests import oracle_read_sets as sets
 from tests import oracle_reads as reads
+from tests.driving import drive, one_by_one, same
 from tests.following import policy
+from tests.models import random_model, tokens
 from tests.oracle_states import hashed
-from tests.reading import Case, agrees, some
+from tests.reading import Case, agrees, dense, some
 
 PAGE = "unit page(4) with c = mean[i] k, lo = min[i] k, hi = max[i] k"
 DOT = "score s = dot(q, c)"
@@ -231,3 +235,22 @@ QUICK = [
 @pytest.mark.parametrize(("name", "backend"), some(SETS, QUICK, ["reference"]))
 def test_p1_of_sets_that_queries_read(name, backend):
     agrees(SETS[name], backend)
+
+
+@pytest.mark.parametrize(("piece", "least"), [(4, 6), (4, 9), (12, 6), (4, 13)])
+def test_p1_of_a_condition_that_holds_for_some_pieces_of_a_prompt(piece, least):
+    """It is asked at the newest token of each; steps go on with the set of the last piece, or read all without one."""
+    ids, prompt = tokens(14, seed=3), 10
+    model = random_model("llama64")
+    text = policy("attend recent(2)", f"at chunk({piece}) if now >= {least}")
+    kvcompile.optimize(model, text, backend="cpu", compile="off")
+    found = torch.cat([told.logits[0] for told in drive(model, ids[:prompt], *one_by_one(ids[prompt:]))])
+    at = torch.arange(len(ids))
+    mask = at[:, None] >= at
+    for start in range(0, prompt, piece):
+        stop = min(prompt, start + piece)
+        if fires := stop - 1 >= least:
+            mask[start:stop] &= at[start:stop, None] - at < 2
+    if fires:
+        mask[prompt:, : prompt - 2] = False
+    same(found, dense(random_model("llama64"), ids, mask), "logits")

@@ -150,6 +150,14 @@ def test_the_ceiling_is_about_what_is_read() -> None:
     assert found.ceiling == pytest.approx((weights + cache) / (weights + read))
 
 
+@pytest.mark.parametrize(("then", "entries"), [("all", 64), ("sink(4) | recent(8)", 12)])
+def test_what_prompts_alone_choose_by_is_not_read_in_steps(then: str, entries: int) -> None:
+    lines = [PAGE, "attend own page | " + BY_PAGE.format(n=3), "at chunk", f"attend {then}", "at step"]
+    (read,) = explained(*lines).reads
+    assert (read.entries, read.exact, read.landmark_bytes) == (entries, True, 0)
+    assert explained(*lines).ceiling >= 1.0
+
+
 def test_the_length_from_which_less_than_all_is_read() -> None:
     (read,) = explained(PAGE, "attend own page | " + BY_PAGE.format(n=3), "at step").reads
     assert read.reads_less_from == 17  # four pages before its own

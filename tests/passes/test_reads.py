@@ -6,15 +6,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kvcompile.dsl import PolicyError
 from kvcompile.dsl.module import Places, from_text, to_text, verify
+from kvcompile.gate_files import gate_bytes
 from kvcompile.kernels.plan import ModelFacts, QuerySource, ReadRule, Region, Selection, Trigger, source_of
 from kvcompile.passes import PIPELINE, Compiled, compile_policy
 from kvcompile.passes.context import Context
+from kvcompile.passes.explain import explain
 from kvcompile.passes.freeze import freeze
+from kvcompile.passes.trained_gates import Trained
 
 FACTS = ModelFacts(4, 8, 2, 64)
 DEEP = ModelFacts(28, 4, 2, 64)
@@ -26,10 +31,19 @@ PAGE = "unit page(16) with c = mean[i] k"
 BY_PAGE = "attend top(4) pages by dot(q, c) per query_head"
 
 
-def files(name: str, folder: Path) -> dict[str, Path]:
+def files(name: str, folder: Path, facts: ModelFacts = DEEP) -> dict[str, Path]:
+    """The gates that a policy asks for, of two channels."""
+    if not name.endswith("_gated"):
+        return {}
+    joined = {"q": facts.group, "k": 3}
+    gates = {
+        f"layers.{layer}.{part}": torch.zeros(facts.kv_heads, vectors * facts.head_dim, 2)
+        for layer in range(facts.layers)
+        for part, vectors in joined.items()
+    }
     weights = folder / "gates.safetensors"
-    weights.touch()
-    return {"live": weights} if name.endswith("_gated") else {}
+    weights.write_bytes(gate_bytes(gates, Trained(64, 0, "pooled", "raw.k", ("max", "min", "mean")), {}))
+    return {"live": weights}
 
 
 def compiled(*lines: str, facts: ModelFacts = FACTS, **options: object) -> Compiled:
@@ -57,6 +71,19 @@ def test_no_formula_of_a_plan_leaves_a_query_open(name: str, tmp_path: Path) -> 
     scores = [t.score for read in plan.reads for rule in read.rules for t in rule.selections]
     assert all(set(score.axes) <= set("gui") for score in scores)
     assert bool(plan.reads) == (name != "llmdrop")
+
+
+def test_gates_of_other_units_or_another_model_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    tables = files("seerattention_gated", tmp_path)
+    with pytest.raises(PolicyError, match=r"K616.*trained on units of 64 tokens, the policy has units of 32 tokens"):
+        compile_policy("seerattention_gated", DEEP, tables=tables, size=32)
+    with pytest.raises(PolicyError, match=r"K616.*there is `layers.10.k`, which no layer of this model reads"):
+        explain("seerattention_gated", shaped(FACTS), tables=tables)
+
+
+def shaped(facts: ModelFacts) -> SimpleNamespace:
+    sizes = {"num_hidden_layers": facts.layers, "num_attention_heads": facts.q_heads, "hidden_size": 64 * facts.q_heads}
+    return SimpleNamespace(num_key_value_heads=facts.kv_heads, model_type="llama", dtype="float32", **sizes)
 
 
 def test_plan_of_quest() -> None:
@@ -101,8 +128,24 @@ def test_landmarks_that_no_score_reads_are_not_in_the_plan() -> None:
 
 
 def test_a_landmark_of_raw_keys_needs_the_rotation() -> None:
-    assert compile_policy("seerattention_r", FACTS).plan.rotates
-    assert not compile_policy("seerattention", FACTS).plan.rotates
+    raw = PAGE.replace("[i] k", "[i] raw.k"), BY_PAGE, "at step"
+    assert compiled(*raw).plan.rotates
+    assert not compiled(PAGE, *raw[1:]).plan.rotates
+
+
+@pytest.mark.parametrize("name", ["seerattention", "seerattention_gated", "vertical"])
+def test_published_prefill_reads_leave_steps_dense(name: str, tmp_path: Path) -> None:
+    plan = compile_policy(name, FACTS, tables=files(name, tmp_path, FACTS)).plan
+    (read,) = plan.reads
+    assert [(rule.narrows, rule.fires_in_steps) for rule in read.rules] == [(True, False), (False, True)]
+    assert not read.holds and not read.narrows_steps and plan.states == ()
+
+
+def test_the_identity_gate_sets_queries_against_keys_of_their_own_frame() -> None:
+    """Of both after their rotation: a score of rotated queries and keys as they were would change with the place."""
+    plan = compile_policy("seerattention_r", FACTS).plan
+    ((_, mean),) = plan.units[0].landmarks
+    assert [n.value for n in mean.walk() if n.op == "field"] == ["k"] and not plan.rotates
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 builtin.module {
-  kv.policy @vertical digest "50a22aad39022a74" {
+  kv.policy @vertical digest "d6735f65cdba71ce" {
     %0 = kv.region "all" loc("library/vertical.kvp":3:1)
     %1 = kv.union %0 loc("library/vertical.kvp":3:1)
     kv.class @all loc("library/vertical.kvp":3:1)
@@ -17,5 +17,6 @@ builtin.module {
     %12 = kv.union %4, %7, %11 loc("library/vertical.kvp":5:12)
     kv.readers @"reads all" loc("library/vertical.kvp":5:5)
     kv.attend %12 for @"reads all" at [#kv.trigger<"chunk", 0, "">] loc("library/vertical.kvp":5:5)
+    kv.attend %1 for @"reads all" at [#kv.trigger<"step", 0, "">] loc("library/vertical.kvp":7:5)
   } loc("library/vertical.kvp":3:1)
 } loc(unknown)

@@ -1,5 +1,5 @@
 builtin.module {
-  kv.policy @seerattention digest "908094836aa3638c" {
+  kv.policy @seerattention digest "76e2199b247080b5" {
     %0 = kv.field "k" : !kv.expr<"uid"> loc("library/seerattention.kvp":4:39)
     %1 = kv.reduce "min" over "i" %0 : !kv.expr<"uid"> -> !kv.expr<"ud"> loc("library/seerattention.kvp":4:32)
     %2 = kv.reduce "max" over "i" %0 : !kv.expr<"uid"> -> !kv.expr<"ud"> loc("library/seerattention.kvp":4:47)
@@ -28,6 +28,7 @@ builtin.module {
     %22 = kv.union %6, %21 loc("library/seerattention.kvp":6:12)
     kv.readers @"reads all" loc("library/seerattention.kvp":6:5)
     kv.attend %22 for @"reads all" at [#kv.trigger<"chunk", 0, "">] phases ["chunk", "prefill.end"] loc("library/seerattention.kvp":6:5)
+    kv.attend %5 for @"reads all" at [#kv.trigger<"step", 0, "">] phases ["step"] loc("library/seerattention.kvp":8:5)
     kv.site 0 [@all, @all] reads [@"reads all", @"reads all"] loc("library/seerattention.kvp":3:1)
     kv.site 1 [@all, @all] reads [@"reads all", @"reads all"] loc("library/seerattention.kvp":3:1)
     kv.site 2 [@all, @all] reads [@"reads all", @"reads all"] loc("library/seerattention.kvp":3:1)

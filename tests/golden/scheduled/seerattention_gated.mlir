@@ -1,5 +1,5 @@
 builtin.module {
-  kv.policy @seerattention_gated digest "9c5c90d1788cfa90" {
+  kv.policy @seerattention_gated digest "aa6f4558bf836c35" {
     %0 = kv.field "raw.k" : !kv.expr<"uid"> loc("library/seerattention_gated.kvp":5:39)
     %1 = kv.reduce "max" over "i" %0 : !kv.expr<"uid"> -> !kv.expr<"ud"> loc("library/seerattention_gated.kvp":5:32)
     %2 = kv.reduce "min" over "i" %0 : !kv.expr<"uid"> -> !kv.expr<"ud"> loc("library/seerattention_gated.kvp":5:51)
@@ -23,6 +23,7 @@ builtin.module {
     %17 = kv.union %6, %16 loc("library/seerattention_gated.kvp":7:12)
     kv.readers @"reads all" loc("library/seerattention_gated.kvp":7:5)
     kv.attend %17 for @"reads all" at [#kv.trigger<"chunk", 0, "">] phases ["chunk", "prefill.end"] loc("library/seerattention_gated.kvp":7:5)
+    kv.attend %5 for @"reads all" at [#kv.trigger<"step", 0, "">] phases ["step"] loc("library/seerattention_gated.kvp":9:5)
     kv.site 0 [@all, @all] reads [@"reads all", @"reads all"] loc("library/seerattention_gated.kvp":4:1)
     kv.site 1 [@all, @all] reads [@"reads all", @"reads all"] loc("library/seerattention_gated.kvp":4:1)
     kv.site 2 [@all, @all] reads [@"reads all", @"reads all"] loc("library/seerattention_gated.kvp":4:1)

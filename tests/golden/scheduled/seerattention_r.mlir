@@ -1,6 +1,6 @@
 builtin.module {
-  kv.policy @seerattention_r digest "e16ae901c8a06682" {
-    %0 = kv.field "raw.k" : !kv.expr<"uid"> loc("library/seerattention_r.kvp":4:39)
+  kv.policy @seerattention_r digest "d38b8497e9dda82f" {
+    %0 = kv.field "k" : !kv.expr<"uid"> loc("library/seerattention_r.kvp":4:39)
     %1 = kv.reduce "mean" over "i" %0 : !kv.expr<"uid"> -> !kv.expr<"ud"> loc("library/seerattention_r.kvp":4:31)
     kv.unit "block" size 64 from 0 with ["c"] %1 : !kv.expr<"ud"> loc("library/seerattention_r.kvp":4:5)
     %2 = kv.region "all" loc("library/seerattention_r.kvp":3:1)
