@@ -37,7 +37,8 @@ def listed_marks(plan: PolicyPlan) -> KernelSpec:
 
 def listed_units(plan: PolicyPlan, read: int) -> KernelSpec:
     """What a read's queries choose in a step, as lists of spans."""
-    _refuse(plan, read)
+    for rule in plan.reads[read].rules:
+        _refuse(rule)
     spec = units_spec(plan, read, _in_steps(plan, read))
     if spec.fact("picked"):
         raise Unprintable("entries that were picked before have no Triton form yet")
@@ -45,15 +46,12 @@ def listed_units(plan: PolicyPlan, read: int) -> KernelSpec:
     return _with(spec, **facts, **defaults.units(plan.facts))
 
 
-def _refuse(plan: PolicyPlan, read: int) -> None:
+def _refuse(rule: ReadRule) -> None:
     """What generated C++ computes and Triton does not."""
-    for rule in plan.reads[read].rules:
-        if rule.pick is not None:
-            raise Unprintable("a choice for later layers has no Triton form yet")
-        if chooses_entries(rule):
-            raise Unprintable("a selection of single entries has no Triton form yet")
-    if plan.reads[read].holds:
-        raise Unprintable("steps that go on with the set of an earlier forward have no Triton form yet")
+    if rule.pick is not None:
+        raise Unprintable("a choice for later layers has no Triton form yet")
+    if chooses_entries(rule):
+        raise Unprintable("a selection of single entries has no Triton form yet")
 
 
 def listed_decode(plan: PolicyPlan) -> KernelSpec:
@@ -83,8 +81,8 @@ def _entry_by_entry(spec: KernelSpec) -> str:
 
 def listed_piece(plan: PolicyPlan, read: int) -> KernelSpec:
     """What the queries of a prompt's piece choose by a read, and which tiles of entries they read."""
-    _refuse(plan, read)
     rule = in_pieces(plan, read)
+    _refuse(plan.reads[read].rules[rule])
     spec = units_spec(plan, read, rule)
     if spec.fact("picked"):
         raise Unprintable("entries that were picked before have no Triton form yet")

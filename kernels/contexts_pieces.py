@@ -51,14 +51,18 @@ def chosen(spec: KernelSpec) -> Context:
         "marks_own": bool(spec.fact("own")),
         "marks": [(name, int(at), spec.number("head_dim")) for name, at in places if name in asked],
         "dots": dots,
+        "halves": any(dot["halves"] for dot in dots),
+        "direct": not soft and outer is None,
         "parts": parts,
         "each_heads": pad if grouped else 1,
         "whole_heads": pad if whole_axes == "qgu" else 1,
         "whole_grouped": whole_axes == "qgu",
         "heads": pad if final == "qgu" else 1,
         "block_q": queries,
-        "block_s": max(32, min(1024, 2048 // (queries * pad))),
+        "block_s": max(1, 4096 // pad),
         "whole_text": _piece_lines(whole, grouped, soft),
+        "formula_text": _formula_lines(whole, grouped),
+        "kept": 2048 * spec.number("warps"),
         "whole_value": whole.result,
         "outer": outer,
         "outer_value": outer and outer.result,
@@ -79,6 +83,12 @@ def _piece_lines(whole: Hole, grouped: bool, soft: bool) -> str:
     if grouped:
         lines.append("unit_value = tl.reshape(unit_value, [BLOCK_Q, GROUP_PAD, BLOCK])")
     return "\n".join([*lines, *whole.lines])
+
+
+def _formula_lines(whole: Hole, grouped: bool) -> str:
+    """The same of scores that stand in registers."""
+    value = "tl.reshape(raw, [BLOCK_Q, GROUP_PAD, BLOCK_U])" if grouped else "raw"
+    return "\n".join([f"unit_value = {value}", *whole.lines])
 
 
 def _joined(first: Expr, parts: tuple[Expr, ...]) -> tuple[Expr, tuple[Expr, ...]]:
@@ -137,7 +147,10 @@ def _products(spec: KernelSpec, parts: tuple[Expr, ...]) -> tuple[list[Context],
             if own and not as_kept and not single:
                 raise Unprintable(f"the product of {spell(a)} and {spell(b)} has no Triton form in a piece yet")
             precision = "ieee" if single or as_kept else "tf32x3"
-            dots.append({"name": name, "q": q, "mark": mark, "cast": cast, "precision": precision})
+            halves = not own and spec.fact("dtype") == "bfloat16" and _keeps_bits(a)
+            cast = ".to(q.dtype.element_ty)" if halves else cast
+            made = {"name": name, "q": q, "mark": mark, "cast": cast, "precision": precision, "halves": halves}
+            dots.append(made)
             known[pair] = name
         return known[pair]
 

@@ -282,6 +282,7 @@ def _scored(spec: KernelSpec, score: Expr, made: Context) -> Context:
         "torch_outer": torch_outer,
         "outer_value": outer and tall[final].format(outer.result),
         "lines": pad if final == "gu" else 1,
+        "kept": 2048 * spec.number("warps") // (pad if final == "gu" else 1),
         # Units a stride apart overlap with the one of `chosen` positions that begins with unit 0 from here to there.
         "overlaps": (-((spec.number("inner_size") - 1) // stride), (chosen - 1) // stride + 1),
         "skips": spec.fact("rank") in ("top", "bottom") and not made["select"]["fraction"][1],

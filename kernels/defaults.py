@@ -1,7 +1,7 @@
 """Launch constants of kernels that nothing was tuned for.
 
 Takes a model's facts, gives the facts that `tuning_space.KNOBS` may change. Guarantees: compiled by Triton 3.7.1 for
-sm_80, sm_89, sm_90 and sm_100, no kernel spills at head sizes 64, 96, 128 and 256 (tests/kernels/test_spills.py).
+sm_80, sm_89, sm_90 and sm_100, no kernel spills at head sizes 64, 96, 128 and 256, but what `chosen` and `prefill` say.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def units(facts: ModelFacts) -> Facts:
 
 
 def chosen(facts: ModelFacts) -> Facts:
-    """A tile of scores is [block_m queries and query heads, block_n units]; float32 landmarks take three products, and
-    of 256 channels these spill, about 500 bytes, with smaller tiles as well."""
-    wide = power_of_two(facts.head_dim) > 64
-    return {"block_m": 32, "block_n": 16 if wide else 32, "warps": 8}
+    """A tile of scores is [block_m queries and query heads, block_n units]: float32 landmarks of a bfloat16 model are
+    taken apart for every tile of queries, which is a smaller part of the work where it has more of them. As two programs
+    share a multiprocessor it spills, at most a KiB a thread, hardly any of it in the rounds of the search."""
+    side = power_of_two(facts.head_dim)
+    if facts.dtype == "float32":
+        return {"block_m": 32, "block_n": 16 if side > 64 else 32, "warps": 8}
+    return {"block_m": 128 if side <= 128 else 64, "block_n": 64 if side <= 64 else 32, "warps": 8}

@@ -28,11 +28,15 @@ TWO_CORES = Cpu("two cores of a server", 30e9, 170e9)
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes by name, in the order in which a header lists them; dependent launches; matrix operations."""
+    """Bytes by name, in the order in which a header lists them; dependent launches; matrix operations.
+
+    lanes: instructions of a single lane each, beside matrix ones, where a kernel compares and counts.
+    """
 
     parts: tuple[tuple[str, int], ...]
     launches: int = 1
     operations: int = 0
+    lanes: int = 0
 
     @property
     def total(self) -> int:
@@ -40,13 +44,17 @@ class Traffic:
 
     def seconds(self, gpu: Gpu, dtype: str = "bfloat16") -> float:
         """Lower bound: traffic at full bandwidth or arithmetic at full speed, and no launch overlaps another."""
-        return max(self.total / gpu.bandwidth, self.operations / gpu.peak(dtype)) + self.launches * gpu.launch
+        work = max(self.total / gpu.bandwidth, self.operations / gpu.peak(dtype), self.lanes / _lanes(gpu))
+        return work + self.launches * gpu.launch
 
     def arithmetic(self, gpu: Gpu, dtype: str = "bfloat16") -> str:
         """The prediction and how it comes about, in one line."""
         peak = gpu.peak(dtype)
         memory, compute = self.total / gpu.bandwidth, self.operations / peak
-        if memory >= compute:
+        counting = self.lanes / _lanes(gpu)
+        if counting > max(memory, compute):
+            work = f"{self.lanes / 1e9:.1f} G instructions / {_lanes(gpu) / 1e12:.1f} T/s ({counting * 1e6:.1f} us)"
+        elif memory >= compute:
             work = f"{size(self.total)} / {gpu.bandwidth / 1e12:.2f} TB/s ({memory * 1e6:.1f} us)"
         else:
             work = f"{self.operations / 1e12:.3f} TFLOP / {peak / 1e12:.0f} TFLOP/s ({compute * 1e6:.1f} us)"
@@ -64,6 +72,11 @@ class Traffic:
         else:
             work = f"{self.operations / 1e9:.1f} GFLOP / {cpu.operations / 1e9:.0f} GFLOP/s"
         return f"{self.seconds_on(cpu) * 1e3:.3f} ms on {cpu.name} = {work}"
+
+
+def _lanes(gpu: Gpu) -> float:
+    """Instructions of a lane a second: the float32 peak counts a multiplication and an addition as two."""
+    return gpu.fp32 / 2
 
 
 LATENCY = 0.7e-6  # seconds from a load to its data under load: an estimate for HBM and GDDR alike
@@ -113,7 +126,8 @@ class Launch:
         active = min(self.programs, float(blocks * gpu.multiprocessors))
         bandwidth = min(gpu.bandwidth, active * self.in_flight / LATENCY)
         spread = min(1.0, active / gpu.multiprocessors)
-        work = max(self.traffic.total / bandwidth, self.traffic.operations / (gpu.peak(dtype) * spread))
+        busy = max(self.traffic.operations / gpu.peak(dtype), self.traffic.lanes / _lanes(gpu))
+        work = max(self.traffic.total / bandwidth, busy / spread)
         return work + self.traffic.launches * gpu.launch
 
 

@@ -30,9 +30,11 @@ def offline(spec: KernelSpec) -> tuple[Entry, ...]:
 def registers(spec: KernelSpec) -> int:
     """The most registers of a thread that leave room for one program.
 
-    Left to itself, the assembler spills a few bytes wherever that lets one more program onto a multiprocessor.
+    Left to itself, the assembler spills a few bytes wherever that lets one more program onto a multiprocessor. Where
+    queries of a piece choose, there are two programs: one of them multiplies or waits while the other one counts.
     """
-    return min(255, 65536 // (32 * spec.number("warps")))
+    programs = 2 if spec.template == "chosen" and not wide(spec) else 1
+    return min(255, 65536 // (32 * programs * spec.number("warps")))
 
 
 def wide(spec: KernelSpec) -> bool:
@@ -152,7 +154,7 @@ def _blocks(spec: KernelSpec) -> tuple[Entry, ...]:
     """Attention of a piece with the lists that its queries read by."""
     ((name, types, constants, options),) = _prefill(spec)
     more = "*i32: by lists totals bits; *i64: order prompt numbers; "
-    more += "i32: blocks_q most words prompt_b numbers_l numbers_n numbers_b"
+    more += "i32: begins_at stretch blocks_q most words prompt_b numbers_l numbers_n numbers_b"
     for kind, names in _types(more).items():
         types[kind] = f"{types[kind]} {names}"
     listed: dict[str, object] = {"TILE": spec.fact("tile"), "LISTS": spec.fact("sets"), "LOCAL": False}
@@ -310,7 +312,10 @@ def _units(spec: KernelSpec) -> tuple[Entry, ...]:
     }
     tile |= {"BLOCK_X": min(32, power_of_two(size))}
     lines: dict[str, object] = (
-        {"MARK_EDGE": spec.fact("inner_edge"), "WHOLE": made["whole_lines"], "LINES": made["lines"]} if score else {}
+        {"MARK_EDGE": spec.fact("inner_edge"), "WHOLE": made["whole_lines"], "LINES": made["lines"]}
+        | {"KEPT": made["kept"]}
+        if score
+        else {}
     )
     block: dict[str, object] = {"SIZE": size, "BLOCK": 1024 if power_of_two(group) <= 8 else 256}
     chosen = ("choose_kernel", _types(second, dtype), kinds | lines | block, _options(spec))
@@ -326,7 +331,7 @@ def _chosen(spec: KernelSpec) -> tuple[Entry, ...]:
     made, score = contexts_pieces.chosen(spec), dict(spec.holes).get("score") is not None
     clock = "*i64: new start prompt counts layer; *i32: length by"
     sizes = "i32: clock_b counts_l counts_n counts_b columns rows kv_heads read"
-    second = f"{clock} pos table lists totals; {sizes} table_row blocks_q opens most"
+    second = f"{clock} pos table lists totals; {sizes} table_row blocks_q begins_at opens most"
     shape: dict[str, object] = {"PAGE": spec.fact("page"), "TILE": spec.fact("tile"), "QUERIES": 128}
     shape |= {"LISTS": made["heads"] if score else 1, "BLOCK_T": 16 if spec.fact("drops") else 128}
     options = _options(spec) | {"num_warps": 4}
@@ -340,16 +345,18 @@ def _chosen(spec: KernelSpec) -> tuple[Entry, ...]:
     kept, width = dtype if spec.fact("own") else "fp32", spec.number("head_dim")
     types = _types(
         f"*T: q; *{kept}: marks; *i64: peek; *i32: readers keys bits anys; *fp32: scores wholes; {clock}; {sizes} "
-        "q_b q_h q_n chunks blocks score_units units words",
+        "q_b q_h q_n stretch begins_at chunks blocks score_units units words",
         dtype,
     )
     constants: dict[str, object] = {"GROUP": spec.fact("group"), "GROUP_PAD": made["group_pad"], "D": width}
-    constants |= own | {"D_PAD": padded(width), "BLOCK_U": spec.fact("block_n"), "BLOCK": made["block_s"]}
+    constants |= own | {"D_PAD": padded(width), "BLOCK_U": spec.fact("block_n")}
+    constants |= {"BLOCK": max(32, made["block_s"] // made["block_q"]), "KEPT": made["kept"]}
+    constants |= {"LONGEST": 2048, "ONCE": True}
     names = {"MARK_SIZE": "inner_size", "MARK_STRIDE": "inner_stride", "MARK_EACH": "inner_each", "WIDTH": "width"}
     names |= {"CHANNELS": "inner_channels", "FIRST": "inner_first"}
     constants |= {key: spec.fact(name) for key, name in names.items()}
     constants |= {"EACH": made["each_heads"], "WHOLE": made["whole_heads"], "HEADS": made["heads"]}
-    return (("chosen_kernel", types, constants, _options(spec)), last)
+    return (("chosen_kernel", types, constants, _options(spec) | {"num_stages": 2}), last)
 
 
 _TABLES = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import evict, reference
-from kvcompile.kernels.choose_listed import asks_narrowed, narrows_pieces
+from kvcompile.kernels.choose_listed import asks_narrowed, narrows_pieces, narrows_steps
 from kvcompile.kernels.compete import Contest
 from kvcompile.kernels.formulas import sources_of
 from kvcompile.kernels.gather import Fresh, gather_rows, needs_keys, query_sources, sequence, with_queries
@@ -122,7 +122,7 @@ class Triton:
             out = reading(site, q[:, :, 0], k[:, :, 0], v[:, :, 0], scale, **given)
             _file_queries(site, q, start, active)
             return out
-        step = None if plan.reads and narrows(plan, site) else self._decoder(plan, site)
+        step = None if narrows_steps(plan) and narrows(plan, site) else self._decoder(plan, site)
         if step is None:
             return reference.attend_step(plan, site, q, k, v, scale, weights)
         out, _ = step(q[:, :, 0], k[:, :, 0], v[:, :, 0], site, start, active, site.layer, scale, **given)
@@ -130,8 +130,8 @@ class Triton:
         return out
 
     def _reading(self, plan: PolicyPlan, site: Site) -> Reading | None:
-        """What a step reads by, where the plan narrows reads and all of them have a form."""
-        if not plan.reads:
+        """What a step reads by, where the plan narrows steps and all of their reads have a form."""
+        if not narrows_steps(plan):
             return None
         key = (*_key(plan, site), site.marks.shape[2])
         if key not in self._readings:
@@ -187,7 +187,7 @@ class Triton:
         if reading is not None:
             return reading.decode
         dense = self._decoder(plan, site)
-        return None if plan.reads and dense is not None and dense.score is not None else dense
+        return None if narrows_steps(plan) and dense is not None and dense.score is not None else dense
 
     def _eviction(self, plan: PolicyPlan, site: Site, index: int) -> EvictStep | None:
         key = (*_key(plan, site), index)

@@ -6,6 +6,7 @@ Guarantees: no device value is read back, grids follow from shapes alone, so a s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,10 @@ from kvcompile.kernels.triton_backend.library import At, library
 
 # Programs of a row that bring landmarks up to date: a step fills a unit now and then, a piece many.
 IN_STEPS, IN_PIECES = 4, 32
+# Bytes of what the queries of a prompt have chosen, as lists and bits, beyond which they go in stretches. It is a bit
+# for each unit of each query and head: 4 GiB for 128k tokens in pages of 16, where keys and values of a layer have
+# 0.5. A stretch of so many is thousands of tiles, which fill a GPU: 8192 queries of 32 heads there.
+TABLES = 256 << 20
 
 
 def _tables(plan: PolicyPlan, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -55,7 +60,8 @@ class Reading:
         files = library(plan)
         decode = files.listed_decode(at)
         units = tuple(files.listed_units(read, at) for read in range(len(plan.reads)))
-        marks = files.listed_marks(at) if layout_of(plan).count else None
+        asks = any(hasattr(module, "MARK_SIZE") for module in units)
+        marks = files.listed_marks(at) if asks else None
         places = max(capacity, site.marks.shape[2] * layout_of(plan).span)  # rows that drop entries go on to count
         scratch = [module.make_scratch(rows, places, device) for module in units]
         for later in scratch[1:]:  # a row goes by one of the reads
@@ -124,10 +130,16 @@ class PieceReading:
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor, scale: float, **variant: Any) -> Tensor:
         """As `attend.attend`: [B, m, Hq, D]."""
-        return attend(self.blocks, site, q, k, v, scale, **variant, **self.choose(site, q, k))
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+        batch, heads, tokens, width = q.shape
+        out = q.new_zeros(batch, tokens, heads, width)
+        for lists in self.choose(site, q, k):
+            attend(self.blocks, site, q, k, v, scale, **variant, **lists, out=out)
+        return out
 
-    def choose(self, site: Site, q: Tensor, k: Tensor) -> dict[str, Tensor]:
-        """What the queries q [B, Hq, m, D] of a piece with keys k [B, Hkv, m, D] read, as `blocks` takes it."""
+    def choose(self, site: Site, q: Tensor, k: Tensor) -> Iterator[dict[str, Any]]:
+        """What the queries q [B, Hq, m, D] of a piece with keys k [B, Hkv, m, D] read, as `blocks` takes it: stretch by
+        stretch, each in the place of the one before it, as many as sizes alone say."""
         q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
         new, peek, start, prompt = (
             site.clock[:, column] for column in (Clock.NEW, Clock.PEEK, Clock.START, Clock.PROMPT)
@@ -137,21 +149,25 @@ class PieceReading:
                 site.k, site.pos, site.table, site.length, site.layer, self.readers, start, site.marks, site.edges,
                 site.marked, k_new=k, new=new, peek=peek, programs=IN_PIECES,
             )  # fmt: skip
-        by, made = self._by(site), None
-        queries, apart = self.blocks.queries_of(q.shape[2])
         # Those that choose come first, as they say how wide bits are; a read without choices adds its lists.
-        for read, module in sorted(self.chosen.items(), key=lambda item: not hasattr(item[1], "MARK_SIZE")):
-            chooses = (self.readers, site.marks) if hasattr(module, "MARK_SIZE") else ()
-            if made is None:
-                units = site.marks.shape[2] * module.UNIT_EACH if chooses else 0
-                made = module.make_lists(q, site.table, site.length, k.shape[1], queries, apart, units)
-            module.launch(
-                q, new, peek, start, prompt, site.counts, site.pos, site.table, site.length, site.layer, by, read,
-                *chooses, read == min(self.chosen), made,
-            )  # fmt: skip
-        assert made is not None
+        reads = sorted(self.chosen.items(), key=lambda item: not hasattr(item[1], "MARK_SIZE"))
+        first = reads[0][1]
+        units = site.marks.shape[2] * first.UNIT_EACH if hasattr(first, "MARK_SIZE") else 0
+        by, made = (
+            self._by(site),
+            first.make_lists(
+                q, site.table, site.length, k.shape[1], *self.blocks.queries_of(q.shape[2]), units, TABLES
+            ),
+        )
         lists = {name: made[name] for name in ("lists", "totals", "bits")}
-        return lists | {"by": by, "prompt": prompt, "numbers": site.counts}
+        for begins_at in range(0, q.shape[2], made["stretch"]):
+            for read, module in reads:
+                chooses = (self.readers, site.marks) if hasattr(module, "MARK_SIZE") else ()
+                module.launch(
+                    q, new, peek, start, prompt, site.counts, site.pos, site.table, site.length, site.layer, by, read,
+                    *chooses, read == min(self.chosen), made, begins_at,
+                )  # fmt: skip
+            yield lists | {"by": by, "prompt": prompt, "numbers": site.counts, "begins_at": begins_at}
 
     def _by(self, site: Site) -> Tensor:
         """By which read each row's queries go in this forward, int32 [B * Hkv], -1: by none."""

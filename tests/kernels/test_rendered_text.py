@@ -20,6 +20,7 @@ import pytest
 
 from kvcompile.kernels.choose import specs_for
 from kvcompile.kernels.choose_listed import listed_specs
+from kvcompile.kernels.choose_reads import read_specs
 from kvcompile.kernels.headers import header_for
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.kernels.render import Target, render
@@ -28,7 +29,11 @@ from kvcompile.kernels.stages import Unprintable
 from kvcompile.passes import compile_policy
 from kvcompile.passes.slide import slide
 
-READERS = ("infllm_v2", "moba", "powerattention", "seerattention")  # on Triton: their specs are `choose_listed`'s
+# Reads have specs of their own: on Triton those of `choose_listed`, in C++ those of `choose_reads`.
+READERS = {
+    "triton": ("infllm_v2", "moba", "powerattention", "seerattention"),
+    "cpp": ("infllm_v2", "moba", "powerattention", "quest"),
+}
 POLICIES = ("adakv", "h2o", "keep_all", "keydiff", "knorm", "lagkv", "prulong", "snapkv", "streaming", "tova")
 FACTS = ModelFacts(2, 8, 2, 96, "bfloat16")
 ROOT = Path(__file__).parents[2]
@@ -41,14 +46,16 @@ def plans(place: Path, names: tuple[str, ...]) -> list[PolicyPlan]:
     table = place / "heads.tsv"
     table.write_text("0.9 0.1\n0.2 0.7\n")
     tables = {"prulong": {"retrieval": table}}
-    return [compile_policy(name, FACTS, tables=tables.get(name, {})).plan for name in names]
+    deep = {"quest": replace(FACTS, layers=3)}  # it begins at layer 2
+    return [compile_policy(name, deep.get(name, FACTS), tables=tables.get(name, {})).plan for name in names]
 
 
 def specs(plan: PolicyPlan, target: Target) -> list[KernelSpec]:
     """What a policy needs, and what it needs beside that for a model with all variants of attention."""
-    other = slide(replace(plan, facts=EVERY))
-    reads = [*listed_specs(plan), *listed_specs(other)] if target == "triton" else []
-    return list(dict.fromkeys([*specs_for(plan), *specs_for(other, "fp16"), *reads]))
+    windows = EVERY.windows + (0,) * (plan.facts.layers - EVERY.layers)
+    other = slide(replace(plan, facts=replace(EVERY, layers=plan.facts.layers, windows=windows)))
+    of = listed_specs if target == "triton" else read_specs
+    return list(dict.fromkeys([*specs_for(plan), *specs_for(other, "fp16"), *of(plan), *of(other)]))
 
 
 def texts(target: Target, place: Path, names: tuple[str, ...]) -> dict[str, str]:
@@ -71,9 +78,9 @@ def digests(target: Target, place: Path, names: tuple[str, ...] = POLICIES) -> d
 
 @pytest.mark.parametrize("target", get_args(Target))
 def test_the_text_is_the_one_on_record(target: Target, tmp_path: Path, golden: Callable[[str, str], None]) -> None:
-    made = digests(target, tmp_path, POLICIES + READERS if target == "triton" else POLICIES)
+    made = digests(target, tmp_path, POLICIES + READERS[target])
     templates = {name.split("/")[1].split("_")[0] for name in made}
-    assert templates >= {"decode", "evict", "columns", "keys", "pool", "select"}
+    assert templates >= {"decode", "evict", "columns", "keys", "pool", "select", "marks", "units", "spans", "blocks"}
     name = f"kernels/{target}.json"
     try:
         golden(name, json.dumps(made, indent=1) + "\n")

@@ -20,7 +20,9 @@ from kvcompile.kernels.choose_listed import (
     listed_units,
     unlisted,
 )
-from kvcompile.kernels.plan import ClassPlan, Region
+from kvcompile.kernels.plan import ClassPlan, ModelFacts, Region
+from kvcompile.kernels.triton_backend import reads
+from kvcompile.passes import compile_policy
 from tests.driving import drive, examples, one_by_one
 from tests.kernels.triton_interpreted.plans import STEP, module
 from tests.kernels.triton_interpreted.read_plans import CHUNK, EVERY, moba, quest
@@ -103,6 +105,65 @@ def test_lists_of_a_piece_are_those_of_the_definition(tmp_path_factory, name: st
     if "marks" in inputs:
         inputs["marks"], inputs["q"] = inputs["marks"].round(), inputs["q"].round()
     assert not unequal(made, inputs)
+
+
+@pytest.mark.parametrize("form", ["step", pytest.param("piece", marks=pytest.mark.slow)])
+def test_more_units_than_registers_hold_are_chosen_alike(tmp_path: Path, form: str) -> None:
+    plan = moba(size=1, n=7)
+    made = module(plan, listed_units(plan, 0) if form == "step" else listed_piece(plan, 0), tmp_path)
+    inputs = made.example("cpu", torch.float32, small=True)
+    inputs["marks"], inputs["q"] = inputs["marks"].round(), inputs["q"].round()
+    if form == "step":
+        made.KEPT, made.BLOCK = 4, 4
+    else:
+        made.KEPT, made.LOOPED = 128, 256
+        inputs["new"][:] = torch.tensor([60, 0])
+    assert not unequal(made, inputs)
+
+
+def test_a_piece_in_stretches_reads_what_it_reads_in_one(tmp_path: Path) -> None:
+    plan = moba(size=8)
+    choose, attend = (module(plan, spec, tmp_path) for spec in (listed_piece(plan, 0), listed_blocks(plan)))
+    choose.WHOLE_TILES = 32
+    inputs = choose.example("cpu", torch.float32, small=True)
+    inputs["by"][1] = -1  # reads all
+    whole = choose.launch(**inputs)
+    wide = whole["bits"].shape[3] * 32
+    inputs["out"] = choose.make_lists(inputs["q"], inputs["table"], inputs["length"], 2, 32, False, wide, limit=1)
+    assert inputs["out"]["stretch"] == 32 and inputs["out"]["bits"].shape[2] == 32
+    for x, begins_at in enumerate((0, 32, 64)):
+        part = choose.launch(**inputs, begins_at=begins_at)
+        assert torch.equal(part["totals"][:, :, 0], whole["totals"][:, :, x])
+        for row in range(4):
+            b, many = row // 2, int(part["totals"][row, 0, 0, 1])
+            there = max(0, min(32, int(inputs["new"][b]) - begins_at))
+            if row != 1:
+                assert torch.equal(part["lists"][row, 0, 0, :many], whole["lists"][row, 0, x, :many])
+                own = slice(begins_at, begins_at + there)
+                assert torch.equal(part["bits"][row, :, :there, 0], whole["bits"][row, :, own, 0])
+    asked = attend.example("cpu", torch.float32, small=True)
+    queries, _ = attend.queries_of(asked["q"].shape[2])
+    want, seen = attend.launch(**asked), torch.zeros_like(attend.launch(**asked))
+    for x in range(asked["totals"].shape[2]):
+        at, tile = slice(x * queries, (x + 1) * queries), slice(x, x + 1)
+        part = {
+            name: asked[name][:, :, of].contiguous() for name, of in (("lists", tile), ("totals", tile), ("bits", at))
+        }
+        attend.launch(**asked | part, begins_at=x * queries, out=seen)
+    assert bool(want.any()) and torch.equal(seen, want)
+
+
+@pytest.mark.slow
+def test_a_prompt_in_stretches_gives_what_it_gives_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVC_CACHE", str(tmp_path))
+    model, prompt = random_model("llama64", num_hidden_layers=1), tokens(150, seed=5)
+    whole = []
+    for limit in (reads.TABLES, 1):
+        monkeypatch.setattr(reads, "TABLES", limit)
+        kvcompile.optimize(model, POLICIES["blocks"], backend="triton", compile="off")
+        whole.append(drive(model, prompt)[0].logits)
+        kvcompile.restore(model)
+    assert torch.equal(*whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -196,6 +257,14 @@ policy p(n=2):
     attend sink(3) | recent(6) | top(n) blocks by s per head
     at chunk(16), step
 """,
+    "blocks of prompts alone": """
+policy p(size=8, n=3):
+    unit block(size) with c = mean[i] k
+    attend own block | top(n - 1) blocks by dot(q, c) per query_head
+    at chunk
+    attend all
+    at step
+""",
     "powers": """
 policy p(size=4, n_sink=2, window=6):
     unit block(size)
@@ -239,8 +308,14 @@ def test_a_model_reads_what_it_reads_by_the_reference(
     assert not taken and kvcompile.inspect(model).unprintable == ()
 
 
+def test_steps_that_read_all_need_no_kernels_of_lists() -> None:
+    plan = compile_policy(POLICIES["blocks of prompts alone"], ModelFacts(2, 4, 2, 32)).plan
+    assert [spec.template for spec in listed_specs(plan)] == ["marks", "chosen", "blocks"]
+    assert unlisted(plan) == ()
+
+
 def test_what_has_no_list_is_told() -> None:
     """A set that steps go on with: pieces have lists, steps have none."""
     reasons = unlisted(quest(triggers=(CHUNK,)))
-    assert {reason.split(":")[0] for reason in reasons} == {"some, decode", "decode"}
+    assert {reason.split(":")[0] for reason in reasons} == {"some, decode"}  # once, not of attention as well
     assert all("later steps go on with" in reason for reason in reasons)
