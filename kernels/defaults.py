@@ -74,8 +74,8 @@ def units(facts: ModelFacts) -> Facts:
 
 def chosen(facts: ModelFacts) -> Facts:
     """A tile of scores is [block_m queries and query heads, block_n units]: float32 landmarks of a bfloat16 model are
-    taken apart for every tile of queries, which is a smaller part of the work where it has more of them. As two programs
-    share a multiprocessor it spills, at most a KiB a thread, hardly any of it in the rounds of the search."""
+    taken apart for every tile of queries, which is a smaller part of the work where it has more of them. Two programs
+    share a multiprocessor, so it spills, at most a KiB a thread, hardly any of it in the rounds of the search."""
     side = power_of_two(facts.head_dim)
     if facts.dtype == "float32":
         return {"block_m": 32, "block_n": 16 if side > 64 else 32, "warps": 8}

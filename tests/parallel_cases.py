@@ -87,8 +87,10 @@ CLASS_READS = {
     "classes, quest": classes("attend newest page | top(2) pages by bound per query_head", "step"),
 }
 NARROWED = {
-    name: c for name, c in {**CASES, **TOGETHER}.items() if name not in ("bigbird", "llmdrop")
-}  # need long ones
+    name: c
+    for name, c in {**CASES, **TOGETHER}.items()
+    if name not in ("bigbird", "llmdrop") and c.gates is None  # two need long ones; gates are of one model's heads
+}
 ALL_READS = (*READS, *CLASS_READS, *NARROWED, "seerattention_gated")
 
 

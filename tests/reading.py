@@ -6,16 +6,22 @@ their name with numbers small enough for short prompts.
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvcompile
+from kvcompile.dsl import library
+from tests import oracle_gates as trained
 from tests import oracle_reads as reads
 from tests.driving import BACKENDS, NEAR_TIE, Positions, drive, one_by_one, same
 from tests.following import policy
@@ -42,7 +48,7 @@ def some(names: Sequence[str], quick: Sequence[str] = (), backends: Sequence[str
     params = []
     for name in names:
         for backend in BACKENDS:
-            marks = [pytest.mark.slow, pytest.mark.recorded] if name in LIBRARY else [pytest.mark.slow]
+            marks = [pytest.mark.slow, pytest.mark.recorded] if name in library.names() else [pytest.mark.slow]
             fast = name in quick and backend in backends
             params.append(pytest.param(name, backend, marks=[] if fast else marks, id=f"{name}-{backend}"))
     return params
@@ -51,7 +57,8 @@ def some(names: Sequence[str], quick: Sequence[str] = (), backends: Sequence[str
 @dataclass(frozen=True, slots=True)
 class Case:
     """policy: a library policy's name or a text; params for `optimize`; reader() and rule() for the oracle; changes to
-    the model's configuration; prompt: tokens of a first prompt that is long enough for some entry not to be read."""
+    the model's configuration; prompt: tokens of a first prompt that is long enough for some entry not to be read;
+    gates: random ones, of which each model gets a file."""
 
     policy: str
     reader: Callable[[], reads.Reader]
@@ -59,6 +66,7 @@ class Case:
     rule: Callable[[], KeepAll] = KeepAll
     changes: dict[str, object] = field(default_factory=dict)
     prompt: int = 37
+    gates: trained.Gates | None = None
 
     def model(self, family: str = "llama64") -> PreTrainedModel:
         return random_model(family, **self.changes)
@@ -67,12 +75,37 @@ class Case:
         return Oracle(self.model(family), self.rule(), self.reader())
 
     def optimized(self, backend: str, family: str = "llama64", **options: object) -> PreTrainedModel:
-        given = {"compile": "off", **self.params, **options}
+        given = {"compile": "off", **self.options(family), **options}
         return kvcompile.optimize(self.model(family), self.policy, backend=backend, **given)
+
+    def options(self, family: str = "llama64") -> dict[str, object]:
+        """Keyword arguments for `optimize` and `explain`."""
+        if self.gates is None:
+            return dict(self.params)
+        return {**self.params, "tables": {"live": str(self.gate_file(family))}}
+
+    def gate_file(self, family: str = "llama64") -> Path:
+        config = self.model(family).config
+        heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+        return _gate_file(self.gates, config.num_hidden_layers, heads, group, config.head_dim)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """One of this process, which goes when it ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def _gate_file(gates: trained.Gates, *shape: int) -> Path:
+    path = Path(_folder().name) / f"{len(list(Path(_folder().name).iterdir()))}.safetensors"
+    save_file(trained.weights(gates, *shape), path, gates.metadata())
+    return path
 
 
 FEW = {"hidden_size": 64, "num_hidden_layers": 14}  # tidal picks in layers 2 and 13
 MANY = {"hidden_size": 64, "num_hidden_layers": 28}  # llmdrop leaves out the last seven of 28
+BLOCK_GATES, QUERY_GATES = trained.Gates(), trained.Gates(pooled=False, joined=True, normed=True)
 
 LIBRARY: dict[str, Case] = {
     "powerattention": Case(
@@ -108,6 +141,18 @@ LIBRARY: dict[str, Case] = {
     ),
     "seerattention_r": Case(
         "seerattention_r", lambda: reads.everywhere(reads.SeerR(size=4, budget=12)), {"size": 4, "budget": 12}
+    ),
+    "seerattention_gated": Case(
+        "seerattention_gated",
+        lambda: reads.everywhere(trained.Threshold(gates=BLOCK_GATES, tau=0.08), reads.Dense()),
+        {"size": 4, "tau": 0.08},
+        gates=BLOCK_GATES,
+    ),
+    "seerattention_r_gated": Case(
+        "seerattention_r_gated",
+        lambda: reads.everywhere(trained.Best(gates=QUERY_GATES, budget=12)),
+        {"size": 4, "budget": 12},
+        gates=QUERY_GATES,
     ),
     "sparse_transformer": Case(
         "sparse_transformer", lambda: reads.everywhere(reads.Fixed(size=5, start=1)), {"size": 5}

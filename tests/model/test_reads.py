@@ -1,6 +1,6 @@
 """P1, P2, P3, P5, P8 of the systems that choose what queries read, each from its policy file.
 
-Truth is tests/oracle_reads.py: the published sets as plain loops.
+Truth is tests/oracle_reads.py, and of trained gates tests/oracle_gates.py: the published sets as plain loops.
 """
 
 from dataclasses import replace
@@ -10,13 +10,14 @@ import torch
 
 import kvcompile
 from kvcompile.dsl import library
+from tests import oracle_gates as trained
 from tests import oracle_policies as rules
 from tests import oracle_reads as reads
 from tests.driving import BACKENDS, call, drive, one_by_one, padded, same
 from tests.following import policy
 from tests.models import random_model, tokens
 from tests.oracle import Oracle
-from tests.reading import CASES, LIBRARY, NEAR_READ, TEXTS, TURNS, Case, agrees, some
+from tests.reading import BLOCK_GATES, CASES, LIBRARY, NEAR_READ, QUERY_GATES, TEXTS, TURNS, Case, agrees, some
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
@@ -53,6 +54,12 @@ LONG = {
     "moba": ({"size": 32, "n": 3}, reads.MoBA(size=32, n=3)),
     "seerattention": ({"size": 16, "tau": 0.05}, reads.Seer(size=16, tau=0.05), reads.Dense()),
     "seerattention_r": ({"size": 16, "budget": 64}, reads.SeerR(size=16, budget=64)),
+    "seerattention_gated": (
+        {"size": 16, "tau": 0.05},
+        trained.Threshold(gates=replace(BLOCK_GATES, size=16), tau=0.05),
+        reads.Dense(),
+    ),
+    "seerattention_r_gated": ({"size": 16, "budget": 64}, trained.Best(gates=replace(QUERY_GATES, size=16), budget=64)),
 }
 
 
@@ -62,7 +69,9 @@ def test_p1_reads_of_a_prompt_of_many_tiles_equal_the_oracle(name, backend):
     params, *readings = LONG[name]
     first = 2 if name == "quest" else 0
     layers = {"num_hidden_layers": 3 if name == "quest" else 1}
-    agrees(Case(name, lambda: reads.in_layers(first, *readings), params, changes=layers), backend, first=300, steps=20)
+    gates = getattr(readings[0], "gates", None)
+    case = Case(name, lambda: reads.in_layers(first, *readings), params, changes=layers, gates=gates)
+    agrees(case, backend, first=300, steps=20)
 
 
 def batch(case: Case) -> tuple[list[list[int]], list[list[int]]]:
@@ -105,17 +114,22 @@ ALONE = [
     "infllm_v2",
     "seerattention",
     "seerattention_r",
+    "seerattention_gated",
+    "seerattention_r_gated",
 ]
 
 
 @pytest.mark.parametrize(("name", "backend"), some(ALONE, ["moba"]))
 def test_p3_the_cut_of_a_prompt_matters_to_no_query_that_chooses_alone(name, backend):
-    """Pieces of 5 by a `keep all` that fires with every piece. What fires never or with chunks fires so here, too."""
+    """Pieces of 5 by a `keep all` that fires with every piece. What fires never or with chunks fires so here, too. A
+    gate that pools a block's queries chooses by those of one piece: pieces of whole blocks."""
     case = LIBRARY[name]
     text = library.read(name)
     head = next(line for line in text.splitlines() if line.startswith("policy"))
-    body = text.split(head)[1] if "\n    at " in text else text.split(head)[1] + "    at chunk, step\n"
-    cut = f"{head}{body}    keep all\n    at chunk(5)\n"
+    body = text.split(head)[1].split("\nlearn ")[0]
+    body += "" if "\n    at " in body else "    at chunk, step\n"
+    size = 2 * case.gates.size if case.gates is not None and case.gates.pooled else 5
+    cut = f"{head}{body}    keep all\n    at chunk({size})\n"
     agrees(replace(case, policy=cut), backend)
 
 
@@ -165,6 +179,8 @@ DENSE = {
     "sampleattention": {"mass": "100%", "rows": "100%"},
     "seerattention": {"size": 4, "tau": -1},
     "seerattention_r": {"size": 4, "budget": 4096},
+    "seerattention_gated": {"size": 4, "tau": -1},
+    "seerattention_r_gated": {"size": 4, "budget": 4096},
     "sparse_transformer": {"size": 4096},
     "vertical": {"n": 4096, "observe": 8},
 }

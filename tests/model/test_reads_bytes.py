@@ -1,5 +1,7 @@
 """P4, P6, P7 of policies that choose what is read: every entry stays, and landmarks are bytes like others."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,38 +15,44 @@ PROMPT, STEPS = tokens(200, seed=3), tokens(12, seed=4)
 ENTRY = 2 * 64 * 4
 
 
-@pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["quest", "moba"]))
-def test_p4_memory_of_reads_is_what_is_held_and_within_the_plan(name, backend):
-    case = LIBRARY[name]
-    model = case.model()
-    plan = kvcompile.explain(case.policy, model, prompt=200, generate=12, **case.params).to_dict()
+def within_the_plan(model, policy, backend, prompt, options, **told):
+    """Asserts of a prompt and 12 steps that bytes held are those reported, and none more than planned. told: to the
+    model, with the prompt."""
+    weights = sum(Path(path).stat().st_size for path in options.get("tables", {}).values())  # no part of the cache
+    plan = kvcompile.explain(policy, model, prompt=len(prompt), generate=12, **options).to_dict()
     before = live_bytes()
-    kvcompile.optimize(model, case.policy, backend=backend, compile="off", **case.params)
+    kvcompile.optimize(model, policy, backend=backend, compile="off", **options)
     with torch.no_grad():
-        cache = model(torch.tensor([PROMPT]), use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1, **told).past_key_values
         for token in STEPS:
             model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
     held = live_bytes() - before
     report = kvcompile.report(model).to_dict()
     assert report["bytes_resident"] <= report["bytes_allocated"] <= report["bytes_peak"]
     assert report["bytes_allocated"] <= held + 1, "claims pools that are not there"
-    assert held <= report["bytes_allocated"] + BOOKKEEPING, "holds more than it says"
+    assert held <= report["bytes_allocated"] + weights + BOOKKEEPING, "holds more than it says"
     assert report["bytes_full"] == plan["bytes_full"]
     assert report["bytes_resident"] <= plan["bytes"] + BOOKKEEPING
     assert report["bytes_allocated"] <= plan["bytes_peak"] + BOOKKEEPING
     assert report["bytes_peak"] <= plan["bytes_peak"] + BOOKKEEPING
 
 
+@pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["quest", "moba"]))
+def test_p4_memory_of_reads_is_what_is_held_and_within_the_plan(name, backend):
+    case = LIBRARY[name]
+    within_the_plan(case.model(), case.policy, backend, PROMPT, case.options())
+
+
 @pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["quest", "llmdrop"]))
 def test_the_ceiling_of_a_run_counts_what_its_steps_read(name, backend):
     """Bytes read, not bytes held: what `explain` says before the run, the report says after it."""
     case = LIBRARY[name]
-    planned = kvcompile.explain(case.policy, case.model(), prompt=200, generate=12, **case.params).to_dict()
+    planned = kvcompile.explain(case.policy, case.model(), prompt=200, generate=12, **case.options()).to_dict()
     model = case.optimized(backend)
     drive(model, PROMPT, *one_by_one(STEPS))
     told = kvcompile.report(model).to_dict()
     assert told["ceiling"] == pytest.approx(planned["ceiling"], rel=1e-9)
-    reads_all = name in ("seerattention", "vertical")  # in steps
+    reads_all = name in ("seerattention", "seerattention_gated", "vertical")  # in steps
     assert told["ceiling"] == 1.0 if reads_all else told["ceiling"] > 1.0 or told["bytes_resident"] < told["bytes_full"]
 
 

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 import kvcompile
 from kvcompile import KvCache, Spans
 from kvcompile.api import optimized
-from tests.driving import BACKENDS, examples, padded, same
+from tests.driving import BACKENDS, examples, kept, padded, same
 from tests.families import family_model, prompt
+from tests.model.test_reads_bytes import within_the_plan
 from tests.models import random_model, tokens
+from tests.reading import some
 
 READS = 'policy by_spans():\n    attend span("self") | span("sources")\n'
 NAMED = 'policy by_names():\n    attend span("self") | span("sources") | span("task")\n'
@@ -123,6 +125,41 @@ def test_p5_other_segments_need_no_other_graph(name):
         model.generate(ids, max_new_tokens=5, do_sample=False, spans=spans)
     said = kvcompile.report(model).to_dict()
     assert said["graph_breaks"] == said["recompiles"] == 0
+
+
+# Library policy and backend: one by default.
+ONCE = pytest.mark.parametrize(("name", "backend"), some(SYSTEMS, ["set_prompting"]))
+
+
+@ONCE
+def test_p4_memory_with_segments_is_what_is_held_and_within_the_plan(name, backend):
+    within_the_plan(random_model(), name, backend, tokens(200, seed=4), {}, spans=SYSTEMS[name][0])
+
+
+@ONCE
+def test_p6_the_footprint_of_segments_is_that_of_the_full_cache(name, backend):
+    model = model_of(name, backend)
+    run(model, TEXT, SYSTEMS[name][0], 29)
+    said = kvcompile.report(model).to_dict()
+    assert said["footprint"] == 1.0 and said["evictions"] == 0
+
+
+@ONCE
+def test_p7_segments_lose_no_entry_through_a_long_decode(name, backend):
+    model = model_of(name, backend)
+    cache = model(torch.tensor([TEXT[:29]]), spans=SYSTEMS[name][0]).past_key_values
+    for n, token in enumerate(tokens(36, seed=8), start=30):
+        model(torch.tensor([[token]]), past_key_values=cache)
+        assert all(head == tuple(range(n)) for layer in kept(cache, 3) for head in layer), f"{n} tokens"
+
+
+@ONCE
+def test_p8_one_segment_of_the_whole_prompt_generates_the_tokens_of_the_untouched_model(name, backend):
+    ids = torch.tensor([tokens(29, seed=5), tokens(29, seed=6)])
+    greedy = {"do_sample": False, "max_new_tokens": 12}
+    spans = Spans([("item", 0, 29)], {"item": []})
+    found = model_of(name, backend).generate(ids, spans=[spans, spans], **greedy)
+    assert found.tolist() == random_model().generate(ids, **greedy).tolist()
 
 
 @st.composite
