@@ -42,7 +42,7 @@ class _Reader(ctypes.Structure):
     """`struct Reader` of templates/_reader.cpp.jinja, field by field."""
 
     _fields_ = [
-        *((name, _address) for name in ("choose", "live", "entries", "marks", "edges")),
+        *((name, _address) for name in ("choose", "live", "listed", "entries", "marks", "edges")),
         *((name, _long) for name in ("marks_b", "edges_b", "sets", "words", "grain")),
         ("picked", _address),
         *((name, _long) for name in ("places", "head", "layer", "held", "rests", "slot")),
@@ -62,10 +62,12 @@ class _Marks(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A rule's functions, by address: `choose` is None where it chooses no units, `entries` where no single entries."""
+    """A rule's functions, by address: `choose` is None where it chooses no units, `entries` where no single entries,
+    `listed` where its regions reach into units that can be chosen."""
 
     choose: int | None
     live: int
+    listed: int | None
     entries: int | None
     sets: int
     size: int  # of the units that it chooses; 0: none
@@ -141,13 +143,14 @@ class _Kernels:
         choose = ctypes.cast(found.choose, _address).value if chooses else None
         live = ctypes.cast(found.live, _address).value
         assert live is not None
+        listed = ctypes.cast(found.listed, _address).value if hasattr(found, "listed") else None
         size, entries = spec.number("size") if chooses else 0, None
         if chooses_entries(rule):
             single = self.library.find(entries_spec, read, index)
             if single is None:
                 return None
             entries = ctypes.cast(single.entries, _address).value
-        return _Rule(choose, live, entries, spec.number("sets"), size, grain_of(self.plan, rule))
+        return _Rule(choose, live, listed, entries, spec.number("sets"), size, grain_of(self.plan, rule))
 
 
 class Reads:
@@ -281,9 +284,8 @@ def _fill(line: _Reader, kernels: _Kernels, site: Site, layer: int, head: int, r
     line.head, line.layer = head + plan.first_head, layer
     if rule is None:
         return
-    line.choose, line.live, line.entries, line.sets, line.grain = (
-        rule.choose, rule.live, rule.entries, rule.sets, rule.grain
-    )  # fmt: skip
+    line.choose, line.live, line.listed, line.entries = rule.choose, rule.live, rule.listed, rule.entries
+    line.sets, line.grain = rule.sets, rule.grain
     line.words = -(-(site.marks.shape[2] * layout.span // rule.size + 1) // 64) if rule.size else 0
     if rule.choose is not None:
         reader, blocks = layout.readers[layer][head], site.marks.shape[2]
