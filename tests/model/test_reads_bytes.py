@@ -52,8 +52,8 @@ def test_the_ceiling_of_a_run_counts_what_its_steps_read(name, backend):
     drive(model, PROMPT, *one_by_one(STEPS))
     told = kvcompile.report(model).to_dict()
     assert told["ceiling"] == pytest.approx(planned["ceiling"], rel=1e-9)
-    reads_all = name in ("seerattention", "seerattention_gated", "vertical")  # in steps
-    assert told["ceiling"] == 1.0 if reads_all else told["ceiling"] > 1.0 or told["bytes_resident"] < told["bytes_full"]
+    if name in ("quest", "powerattention", "moba", "llmdrop"):  # others read all, or what is not known before
+        assert told["ceiling"] > 1.0
 
 
 @pytest.mark.parametrize(("name", "backend"), some(LIBRARY, ["tidal", "llmdrop"]))
