@@ -52,20 +52,25 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One comparison: who takes part, whose time is 1 in its table, what is claimed, what bytes or pairs predict."""
+    """One comparison: who takes part, whose time is 1 in its table, what is claimed, what bytes or pairs predict.
+
+    slow: its contestants take fewer turns, of one call each.
+    """
 
     kind: str
     title: str
     facts: dict[str, Any]
     base: str
     contestants: list[Contestant]
-    claims: tuple[Claim, ...]
-    predicted: dict[str, float]
+    claims: tuple[Claim, ...] = ()
+    predicted: dict[str, float] = field(default_factory=dict)
     slow: bool = False
 
 
 class Sweep:
-    """Reads a buffer larger than the caches, as the other layers of a model would between two calls of one."""
+    """Reads and writes a buffer larger than the caches of the processor: what was in them goes, as it does between two
+    calls of one layer of a model, where the other layers come in between.
+    """
 
     def __init__(self, mebibytes: int) -> None:
         import torch

@@ -3,7 +3,7 @@
     python benchmarks/attention_cpu.py [--only decode ragged ...] [--without FlexAttention ...] [--rounds N]
 
 All contestants of a comparison run in this process and take turns; what compiles does so before. Between two calls a
-buffer larger than the caches is swept. Writes benchmarks/results/attention_cpu.json, .md and, with matplotlib, .png.
+buffer larger than the caches is written. Writes benchmarks/results/attention_cpu.json, .md and, with matplotlib, .png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import machine, versions
-from _turns import Claim, Contestant, Sweep, judge, race
+from _turns import Claim, Contestant, Section, Sweep, judge, race
 
 RESULTS = Path(__file__).parent / "results"
 Q_HEADS, KV_HEADS, WIDTH = 32, 8, 128
@@ -40,19 +40,6 @@ class Setting:
     threads: int = 2
     sweep: int = 64
     backend: str = "cpu"
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One comparison: who takes part, whose time is 1 in its table, what is claimed, and how often they take turns."""
-
-    kind: str
-    title: str
-    facts: dict[str, Any]
-    base: str
-    contestants: list[Contestant]
-    claims: tuple[Claim, ...] = ()
-    slow: bool = False
 
 
 def entries(n: int, dtype: Any, seed: int = 0) -> tuple[Any, Any, Any]:

@@ -47,6 +47,10 @@ class Diagnostic:
         return {**words, "line": self.line, "column": self.column, "hint": self.hint}
 
 
+class PolicyWarning(UserWarning):
+    """What is odd about a policy that runs all the same: its file, line and column, the finding, its code, a hint."""
+
+
 def finding(code: str, message: str, span: Span, hint: str = "") -> Diagnostic:
     """A diagnostic with the severity that the catalogue gives its code."""
     return Diagnostic(code, severity(code), _clipped(message), span, _clipped(hint))
@@ -79,14 +83,23 @@ def outside(name: str) -> Span:
 def render(diagnostic: Diagnostic) -> str:
     """The finding as text, without a trailing line end."""
     span = diagnostic.span
-    place = str(span) if span.source.text else span.source.name
-    out = [f"{_clean(place)}: {diagnostic.severity}[{diagnostic.code}]: {_clean(diagnostic.message)}"]
+    out = [f"{_place(span)}: {diagnostic.severity}[{diagnostic.code}]: {_clean(diagnostic.message)}"]
     text = span.source.line(span.line)
     if text.strip():
         out += _excerpt(text, span)
     if diagnostic.hint:
         out.append(f"hint: {_clean(diagnostic.hint)}")
     return "\n".join(out)
+
+
+def in_one_line(diagnostic: Diagnostic) -> str:
+    """The finding without its source line."""
+    hint = f"; {_clean(diagnostic.hint)}" if diagnostic.hint else ""
+    return f"{_place(diagnostic.span)}: {_clean(diagnostic.message)} [{diagnostic.code}]{hint}"
+
+
+def _place(span: Span) -> str:
+    return _clean(str(span) if span.source.text else span.source.name)
 
 
 def _clipped(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvcompile.api import optimize, restore, use
     from kvcompile.cache import KvCache
-    from kvcompile.dsl.diagnostics import PolicyError
+    from kvcompile.dsl.diagnostics import PolicyError, PolicyWarning
     from kvcompile.evaluation.evaluate import evaluate
     from kvcompile.exporting import export
     from kvcompile.inspection import inspect
@@ -31,6 +31,7 @@ __all__ = [
     "KvCache",
     "KvCompileError",
     "PolicyError",
+    "PolicyWarning",
     "Spans",
     "__version__",
     "evaluate",
@@ -52,6 +53,7 @@ _HOMES = {
     "KvCache": "kvcompile.cache",
     "KvCompileError": "kvcompile.kernels.errors",
     "PolicyError": "kvcompile.dsl.diagnostics",
+    "PolicyWarning": "kvcompile.dsl.diagnostics",
     "Spans": "kvcompile.spans",
     "evaluate": "kvcompile.evaluation.evaluate",
     "explain": "kvcompile.passes.explain",

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -16,6 +19,7 @@ from torch import nn
 
 from kvcompile.building import Choice, Request, choose, engine_of, prepare
 from kvcompile.compiled import ATTENTION, LayerForward, no_copies
+from kvcompile.dsl.diagnostics import PolicyWarning, in_one_line
 from kvcompile.forward import Engine, OptimizedForward
 from kvcompile.generating import CONTINUOUS, checked_generate, refuse_continuous
 from kvcompile.guard import guarded
@@ -83,6 +87,7 @@ def optimize(
     CacheFull, and nothing is lost.
     A policy with probes runs them here, a forward of up to 10,000 tokens.
 
+    Warns (PolicyWarning) of what `kvcompile check` warns of, with its place in the policy; each once in a process.
     Raises PolicyError for the policy, KvCompileError for the model. A model that is already optimised is
     restored first.
     """
@@ -99,9 +104,25 @@ def optimize(
     processes = processes_of(model, sites[0].attention)
     choice = choose(model, sites, processes, request)
     parts = prepare(model, sites, processes, choice)
+    tell_warnings(choice.compiled)
     restore(model)
     _install(model, sites, choice, engine_of(sites, choice, parts, limit), request)
     return model
+
+
+def tell_warnings(compiled: Compiled) -> None:
+    """Warn of what is odd about a policy, at the line outside of this package that brought it."""
+    for found in compiled.diagnostics:
+        if found.severity == "warning":
+            _tell(in_one_line(found))
+
+
+@functools.cache
+def _tell(message: str) -> None:
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in ("kvcompile", "contextlib"):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, PolicyWarning, stacklevel=depth)
 
 
 def _install(

@@ -21,10 +21,10 @@ from kvcompile.drafting import why_not
 from kvcompile.guard import Guard
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.limits import room_in_all
+from kvcompile.limits import allocated, room_in_all
 from kvcompile.run import Run
 from kvcompile.sequences import Sequences
-from kvcompile.spans import Spans
+from kvcompile.spans import Spans, table_bytes
 from kvcompile.store import ExtentStore, PagedStore, on_device
 
 
@@ -57,12 +57,15 @@ class KvCache(Cache):
     def positions(self, layer: int, row: int = 0) -> list[Tensor]:
         """Resident original positions of sequence `row`: one sorted int64 tensor per KV head.
 
-        An entry that `fold mean` has left has no position and does not show here.
+        An entry that `fold mean` has left has no position and does not show here. KvCompileError for a layer or a row
+        that is not there; none counts from the end.
         """
-        if not 0 <= layer < self.plan.facts.layers:
-            raise KvCompileError(f"layer {layer} of a model with {self.plan.facts.layers} layers")
+        layer, row = _whole(layer, "layer"), _whole(row, "row")
+        layers = self.plan.facts.layers
+        if not 0 <= layer < layers:
+            raise KvCompileError(f"layer {layer} of a model with {layers} layers: give one of 0 to {layers - 1}")
         if not 0 <= row < self.batch:
-            raise KvCompileError(f"row {row} of a cache with {self.batch} sequences")
+            raise KvCompileError(f"row {row} of a cache with {self.batch} sequences: give one of 0 to {self.batch - 1}")
         return [pos[pos >= 0] for pos in self.store.positions(layer, row)]
 
     def nbytes(self) -> int:
@@ -109,12 +112,12 @@ class KvCache(Cache):
 
     def crop(self, tokens: int) -> None:
         """Go back: `tokens` < 0 takes so many of the newest tokens from every sequence, `tokens` > 0 cuts each to so
-        many, 0 leaves all as it is (as in transformers).
+        many, 0 leaves all as it is (as in transformers). A whole number, perhaps a tensor of one.
 
         KvCompileError, and nothing has changed, where a sequence's policy has decided with tokens that would go, or
         where its states have grown by what they read.
         """
-        tokens = int(tokens)  # transformers has it on the device
+        tokens = _whole(tokens, "crop: tokens")
         with self._own():
             slides, self._drafted = self._drafted and any(self.plan.facts.windows), False
             seen = [max(0, s.seen + tokens) if tokens <= 0 else min(s.seen, tokens) for s in self.sequences.each]
@@ -133,7 +136,7 @@ class KvCache(Cache):
             for b in cut:
                 self._crop(b, seen[b], slides)
             self.columns -= max(gone)
-            self.tell([s.spans for s in self.sequences.each])
+            self.store.tell([s.spans for s in self.sequences.each])
 
     def _crop(self, b: int, seen: int, slides: bool) -> None:
         """One sequence; slides: entries that have left their layer's sliding window go, too."""
@@ -148,10 +151,16 @@ class KvCache(Cache):
         seq.spans = None if seq.spans is None else seq.spans.upto(seen)
 
     def tell(self, spans: Sequence[Spans | None]) -> None:
-        """What is said of each sequence's stretches and positions, from now on."""
+        """What is said of each sequence's stretches and positions, from now on.
+
+        CacheFull, and nothing has changed, where their tables have no room.
+        """
+        store, size = self.store, table_bytes(self.plan, spans)
+        if size > store.segment.nbytes + store.links.nbytes:  # they will stand beside those that are there
+            store.limit.admit(store, store.bytes_allocated() + size)
+        allocated(lambda: store.tell(spans), size)
         for seq, of in zip(self.sequences.each, spans, strict=True):
             seq.spans = of
-        self.store.tell(spans)
 
     def remember(self, new: list[int]) -> None:
         """Before a draft of so many tokens per sequence: keep what it will overwrite of the newest queries."""
@@ -188,7 +197,7 @@ class KvCache(Cache):
             self.run.select(chosen)
             self.batch = len(chosen)
             self._ring = []
-            self.tell([s.spans for s in self.sequences.each])
+            self.store.tell([s.spans for s in self.sequences.each])
 
     def clone(self) -> KvCache:
         """A cache of its own with the same content; both go on apart from each other."""
@@ -212,12 +221,12 @@ class KvCache(Cache):
             for cache in many:
                 stack.enter_context(cache._own())
             made = first._like(sum(c.batch for c in many))
+            made.sequences.each = [s.copy() for c in many for s in c.sequences.each]
             with room_in_all(made.store):
                 moving.join(made.store, [c.store for c in many])
+                made.tell([s.spans for s in made.sequences.each])
             made.columns = max(c.columns for c in many)
-            made.sequences.each = [s.copy() for c in many for s in c.sequences.each]
             made.run.take_over([c.run for c in many])
-            made.tell([s.spans for s in made.sequences.each])
         return made
 
     def _like(self, batch: int) -> KvCache:
@@ -251,12 +260,22 @@ class KvCache(Cache):
         self.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """`select`, each sequence so many times in a row."""
+        """`select`, each sequence so many times in a row, at least once."""
+        repeats = _whole(repeats, "batch_repeat_interleave: repeats")
+        if repeats < 1:
+            raise KvCompileError(f"batch_repeat_interleave: repeats={repeats}; every sequence stays at least once")
         self.select([b for b in range(self.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """`select`, by numbers or by a mask, bool [batch]."""
-        self.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        """`select`, by numbers or by a mask, a tensor bool [batch]."""
+        if isinstance(indices, Tensor) and indices.dtype == torch.bool:
+            if indices.shape != (self.batch,):
+                raise KvCompileError(
+                    f"a mask of shape {list(indices.shape)} for a cache with {self.batch} sequences: give one of "
+                    f"[{self.batch}]"
+                )
+            indices = indices.nonzero().flatten()
+        self.select(indices)
 
     @property
     def is_croppable(self) -> bool:
@@ -280,6 +299,18 @@ class KvCache(Cache):
         )
 
 
+def _whole(value: object, what: str) -> int:
+    """A whole number, as somebody has written it; transformers has some on the device."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise KvCompileError(f"{what} must be a whole number, not {value!r:.60}") from None
+
+
 def _numbers(sequences: object) -> list[int]:
     """Numbers of sequences, as somebody has written them."""
     given = sequences.tolist() if isinstance(sequences, Tensor) else sequences
@@ -290,5 +321,5 @@ def _numbers(sequences: object) -> list[int]:
     except TypeError:
         raise KvCompileError(f"select takes a list of numbers of sequences, not {sequences!r:.60}") from None
     if mask:
-        raise KvCompileError("select takes numbers of sequences; a mask is for batch_select_indices")
+        raise KvCompileError("select takes numbers of sequences; a mask is for batch_select_indices, as a tensor")
     return numbers

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from kvcompile.api import Optimized, optimized, restore
+from kvcompile.api import Optimized, optimized, restore, tell_warnings
 from kvcompile.backends import backend_for
 from kvcompile.building import Request
 from kvcompile.cache import KvCache
@@ -71,6 +71,7 @@ def optimize_plain(model: nn.Module, request: Request, limit: Limit) -> nn.Modul
     plain.graphs.forget()  # what the trial ran
     engine = _engine(plain, compiled, chosen)
     engine.limit = limit
+    tell_warnings(compiled)
     restore(model)
     forward = PlainForward(model, plain, OptimizedForward(plain, engine), trouble)
     own = vars(model).get("generate")

@@ -16,6 +16,7 @@ from kvcompile.cache import KvCache
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.spans import span_names
+from kvcompile.limits import room_in_all
 from kvcompile.padding import Columns
 from kvcompile.spans import Spans, as_list
 
@@ -51,13 +52,15 @@ def said_of(model: Any) -> Any:
 
 
 def take_spans(cache: KvCache, columns: Columns, given: Any) -> None:
-    """Put what a call brings into its cache, before it runs. KvCompileError where it does not fit."""
+    """Put what a call brings into its cache, before it runs. KvCompileError where it does not fit, CacheFull where its
+    tables have no room."""
     with cache.guard.held():  # another thread's forward may be reading by them
         each = cache.sequences.each
         if given is not None:
             spans = spans_of(given, cache.batch)
             refuse_spans(cache.plan, spans, [len(c) for c in columns], [s.seen for s in each])
-            cache.tell(spans)
+            with room_in_all(cache.store):
+                cache.tell(spans)
         elif not any(s.seen for s in each):
             refuse_missing(cache.plan)
             if any(s.spans is not None for s in each):  # of a call that has failed

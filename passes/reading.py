@@ -301,10 +301,10 @@ def _floor(part: Fraction | None, of: int) -> int:
 
 
 def _landmark_bytes(plan: PolicyPlan, read: ReadPlan, seen: int) -> int:
-    """Bytes of landmarks that choosing reads of one row."""
+    """Bytes of landmarks that choosing reads of one row, for the newest of `seen` tokens: of units full before it."""
     layout, names = layout_of(plan), asked(plan, _of_steps(read))
     kinds = [kind for kind in layout.kinds if kind.unit.name in names]
-    return sum(kind.unit.full(seen) * kind.channels * layout.itemsize for kind in kinds)
+    return sum(kind.unit.full(seen - 1) * kind.channels * layout.itemsize for kind in kinds)
 
 
 def _reads_less_from(plan: PolicyPlan, read: ReadPlan, reach: int) -> int | None:

@@ -246,34 +246,35 @@ def _readers(
 ) -> _Readers | None:
     plan = kernels.plan
     reading = plan.reading(layer)
-    made = _Readers((_Reader * len(reading))(), (_Reader * len(reading))())
+    reads, picks = (_Reader * len(reading))(), (_Reader * len(reading))()
+    chooses = False
     held = [state.name for state in plan.states].index(HELD) if step and holds_sets(plan) else -1
     for head, read in enumerate(reading):
         rules = _Firing(None, None) if read < 0 else _firing(kernels, read, active, fires)
         if rules is None or (not step and (rules.pick or (rules.reads and rules.reads.entries))):
             return None
-        line = made.reads[head]
+        line = reads[head]
         _fill(line, kernels, site, layer, head, rules.reads)
         line.held = held if read >= 0 and plan.reads[read].holds else -1
         line.rests = line.held >= 0 and not rules.fires
         if line.rests:
             line.sets = plan.facts.group
-        _fill(made.picks[head], kernels, site, layer, head, rules.pick)
-        made.picks[head].slot = rules.slot
-    return made
+        _fill(picks[head], kernels, site, layer, head, rules.pick)
+        picks[head].slot = rules.slot
+        chooses |= any(rule is not None and rule.choose is not None for rule in (rules.reads, rules.pick))
+    return _Readers(reads, picks, chooses)
 
 
 @dataclass(frozen=True, slots=True)
 class _Readers:
-    """What the KV heads of a layer read, and what they choose for later layers: arrays of `_Reader`."""
+    """What the KV heads of a layer read, and what they choose for later layers: arrays of `_Reader`.
+
+    chooses: whether a head chooses by landmarks, in either.
+    """
 
     reads: Any
     picks: Any
-
-    @property
-    def chooses(self) -> bool:
-        """Whether a head chooses by landmarks."""
-        return any(line.choose for lines in (self.reads, self.picks) for line in lines)
+    chooses: bool
 
 
 def _fill(line: _Reader, kernels: _Kernels, site: Site, layer: int, head: int, rule: _Rule | None) -> None:

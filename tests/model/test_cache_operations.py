@@ -280,3 +280,38 @@ def test_what_is_no_list_of_sequences_is_refused_by_name(wrong):
     with pytest.raises(kvcompile.KvCompileError, match="join takes a list"):
         KvCache.join(cache if wrong == 0 else wrong)
     assert cache.batch == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        ("crop", ("a",), "tokens must be a whole number, not 'a'"),
+        ("crop", (-1.5,), "tokens must be a whole number, not -1.5"),
+        ("crop", (True,), "tokens must be a whole number, not True"),
+        ("crop", (torch.tensor([1, 2]),), "tokens must be a whole number"),
+        ("positions", ("a",), "layer must be a whole number, not 'a'"),
+        ("positions", (3,), "layer 3 of a model with 3 layers: give one of 0 to 2"),
+        ("positions", (-1,), "layer -1 of a model with 3 layers"),
+        ("positions", (0, 1.0), "row must be a whole number, not 1.0"),
+        ("positions", (0, -1), "row -1 of a cache with 2 sequences: give one of 0 to 1"),
+        ("select", ("x",), "select takes a list of numbers"),
+        ("select", ([True, False],), "a mask is for batch_select_indices, as a tensor"),
+        ("batch_select_indices", ("x",), "select takes a list of numbers"),
+        ("batch_select_indices", (torch.tensor([True]),), r"mask of shape \[1\] for a cache with 2 sequences"),
+        ("batch_select_indices", (torch.tensor([[False, True]]),), r"mask of shape \[1, 2\]"),
+        ("batch_repeat_interleave", ("a",), "repeats must be a whole number, not 'a'"),
+        ("batch_repeat_interleave", (0,), "every sequence stays at least once"),
+    ],
+)
+def test_numbers_that_are_none_or_name_nothing_are_refused_and_change_nothing(name, args, said, two_sequences):
+    before = [kept(two_sequences, 3, row) for row in range(2)]
+    with pytest.raises(kvcompile.KvCompileError, match=said):
+        getattr(two_sequences, name)(*args)
+    assert two_sequences.batch == 2 and two_sequences.columns == 12
+    assert [kept(two_sequences, 3, row) for row in range(2)] == before
+
+
+@pytest.fixture(scope="module")
+def two_sequences():
+    model = model_of("keep_all")
+    return call(model, torch.tensor([tokens(12, seed=1), tokens(12, seed=2)]))[1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 import kvcompile
+from tests import plain_models as plain
 from tests.models import random_model, tokens
 
 TAIL = "policy tail():\n    keep recent(4) | top(50%) by norm(k) per head\n    at step\n"
@@ -202,3 +205,32 @@ def test_a_step_in_which_no_sequence_brings_a_token_changes_nothing():
     mask[0, -1] = 0
     model(torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
     assert cache.positions(0)[0].tolist() == before
+
+
+def test_a_policys_warnings_are_told_once_at_the_line_that_brought_it(tmp_path):
+    path = tmp_path / "odd.kvp"
+    path.write_text("policy odd():\n    keep all | recent(4)\n    at step\n")
+    model = random_model("llama64")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with kvcompile.use(model, "streaming", compile="off"), kvcompile.use(model, path, compile="off"):
+            pass
+        kvcompile.optimize(model, path, compile="off")
+    (warning,) = (w for w in told if issubclass(w.category, kvcompile.PolicyWarning))
+    assert warning.filename == __file__
+    assert str(warning.message).startswith(f"{path}:2:10: `all` takes every entry")
+    assert "[K212]; leave out `all`" in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"), [(lambda: random_model("llama64"), {"compile": "off"}), (plain.gpt, {"positions": "pos"})]
+)
+def test_a_warning_that_is_made_an_error_leaves_the_model_untouched(build, options):
+    model = build()
+    before = dict(vars(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kvcompile.PolicyWarning)
+        for _ in range(2):
+            with pytest.raises(kvcompile.PolicyWarning, match="K212"):
+                kvcompile.optimize(model, "policy p():\n    keep recent(9) | all\n    at step\n", **options)
+    assert vars(model) == before

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kvcompile
-from kvcompile import CacheFull, KvCompileError
+from kvcompile import CacheFull, KvCompileError, Spans
+from kvcompile.spans import table_bytes
 from kvcompile.store import PagedStore, Pools
 from tests.models import random_model, tokens
 
@@ -260,3 +261,19 @@ def test_explain_says_how_many_sequences_fit():
     many = kvcompile.explain("snapkv", model, prompt=200, batch=4, budget=40, observe=8, max_bytes=3 * one.bytes_peak)
     assert many.fits is False and many.batch_that_fits == 3
     assert "limit       does not fit in" in str(many) and "limit" not in str(one)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_tables_of_stretches_ask_before_they_are_made(paged):
+    model, limit = limited('policy p():\n    attend span("self") | span("sources")\n', paged)
+    cache = model(prompt(8), spans=Spans([("own", 0, 4)])).past_key_values
+    cache.reset()
+    former, wide = cache.store.segment, Spans([(f"part {i}", i, i + 1) for i in range(100)])
+    limit.most = cache.store.bytes_allocated() + table_bytes(cache.plan, [wide]) - 1
+    with pytest.raises(CacheFull, match="max_bytes"):
+        model(prompt(100), spans=wide, past_key_values=cache)
+    assert cache.store.segment is former and cache.sequences.each[0].spans is None
+    assert cache.store.bytes_allocated() <= limit.most
+    limit.most = None
+    model(prompt(100), spans=wide, past_key_values=cache)
+    assert cache.store.segment.shape[1] >= 100

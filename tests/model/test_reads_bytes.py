@@ -80,3 +80,19 @@ def test_p7_reads_lose_no_entry_through_a_long_decode(name, backend):
         everything = tuple(range(30 + j))
         for layer, heads in enumerate(found.kept[0]):
             assert all(head == (() if layer in off else everything) for head in heads), f"layer {layer}, call {j}"
+
+
+def test_explain_counts_the_landmarks_that_a_step_has_at_hand():
+    """On both sides of an edge of pages of four: a page counts from the token after its last on."""
+    case = LIBRARY["quest"]
+    model = case.optimized("cpu")
+    cache = model(torch.tensor([PROMPT[:18]]), logits_to_keep=1).past_key_values
+    told, held = [], []
+    for steps, token in enumerate(STEPS[:7], 1):
+        model(torch.tensor([[token]]), past_key_values=cache, logits_to_keep=1)
+        (read,) = (r for r in kvcompile.explain(case.policy, model, prompt=18, generate=steps, **case.options()).reads
+                   if r.landmark_bytes)  # fmt: skip
+        told.append(read.landmark_bytes * read.resident / ENTRY)  # a page's smallest and largest key
+        held.append(cache.store.marked.unique().tolist())
+    assert held == [[4], [4], [5], [5], [5], [5], [6]]
+    assert told == pytest.approx([n for (n,) in held])
