@@ -39,7 +39,7 @@ GPU_RUN     := PYTHONPATH=$(CURDIR):$(PYTHONPATH) OMP_NUM_THREADS=1 $(if $(GPU_P
 GPU_OUT     ?= benchmarks/results
 GPU_TUNED   ?= kernels/tuned
 GPU_SECONDS ?= 540
-GPU_WORKERS ?= 6
+GPU_WORKERS ?= 12
 
 gpu: gpu-here  ## everything that needs a GPU: checks, tuning, benchmarks, each within ten minutes
 	@$(MAKE) --no-print-directory --keep-going gpu-test gpu-tune gpu-bench
@@ -48,13 +48,15 @@ gpu-here: $(if $(GPU_PYTHON),,$(STAMPS)/dev)
 	@$(GPU_RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device here; nothing was run')"
 
 gpu-test: gpu-here  ## kernels, steps and graphs against the reference, on the device
-	@$(GPU_RUN) -m pytest -q -m gpu -n $(GPU_WORKERS) tests/gpu
+	@timeout --foreground --signal=INT --kill-after=30 $(GPU_SECONDS) \
+		env $(GPU_RUN) -m pytest -v --tb=short --timeout=300 --timeout-method=thread -m gpu -n $(GPU_WORKERS) \
+		tests/gpu tests/kernels/test_tuning_search.py
 
 gpu-tune: gpu-here  ## launch constants of the shipped kernels, into kernels/tuned
 	@$(GPU_RUN) benchmarks/gpu/tune.py --seconds $(GPU_SECONDS) --into $(GPU_TUNED)
 
-gpu-bench: gpu-here  ## benchmarks/results/gpu.json, .md and .png; GPU_PARTS="decode model" chooses
-	@$(GPU_RUN) benchmarks/gpu --seconds $(GPU_SECONDS) --out $(GPU_OUT) $(if $(GPU_PARTS),--part $(GPU_PARTS))
+gpu-bench: gpu-here  ## benchmarks/results/gpu.json, .md and .png; GPU_PARTS="decode model" chooses, GPU_MORE=--resume goes on
+	@$(GPU_RUN) benchmarks/gpu --seconds $(GPU_SECONDS) --out $(GPU_OUT) $(GPU_MORE) $(if $(GPU_PARTS),--part $(GPU_PARTS))
 
 lint: $(STAMPS)/dev
 	@$(BIN)/ruff check .

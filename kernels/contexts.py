@@ -11,7 +11,15 @@ from kvcompile.kernels import contexts_pieces, contexts_reads
 from kvcompile.kernels.holes import Hole, init_hole, print_hole, row_hole, spell, step_hole
 from kvcompile.kernels.plan import Expr
 from kvcompile.kernels.printers import TORCH, TRITON, Axis, extreme_of
-from kvcompile.kernels.signatures import combine_units, counts_near, offline_lines, padded, registers, wide
+from kvcompile.kernels.signatures import (
+    combine_units,
+    counts_near,
+    offline_lines,
+    padded,
+    registers,
+    registers_of_three,
+    wide,
+)
 from kvcompile.kernels.spec import KernelSpec, power_of_two
 
 Context = dict[str, Any]
@@ -81,7 +89,9 @@ def _decode(spec: KernelSpec) -> Context:
         "n_all": "n_all" if nears else "n_len",
         "seen": "seen" if attention(spec)["sliding"] else "there",
         "block_u": combine_units(spec),
+        "group_tile": power_of_two(spec.number("group")),
         "wide": wide(spec),
+        "three": registers_of_three(spec),
         "state_loads": [(name, states.index(name)) for name in read],
         "updated": [states.index(name) for name in grown],
         "logits_dtype": {"none": "None", "fp32": "torch.float32", "fp16": "torch.float16"}[str(spec.fact("logits"))],

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -26,6 +27,9 @@ from kvcompile.kernels.gpus import KIB
 # Largest dynamic shared memory of a thread block, bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 ARCHES = ("sm_80", "sm_90", "sm_100")
+
+
+EACH = 4  # files that a process of its own is worth: it takes seconds to start
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ def compile_offline(path: Path, arch: str) -> tuple[Resources, ...]:
 
 
 def compile_apart(paths: Iterable[Path], arches: Iterable[str] = ARCHES) -> dict[str, tuple[Resources, ...]]:
-    """The same for several files and architectures, in a process of its own: file stem -> resources.
+    """The same for several files and architectures, in processes of their own: file stem -> resources.
 
     Raises:
         KvCompileError: Triton is not installed, an architecture is unknown, or a file does not compile.
@@ -90,13 +94,28 @@ def compile_apart(paths: Iterable[Path], arches: Iterable[str] = ARCHES) -> dict
         _capability(arch)
     if not has_triton():
         raise KvCompileError(NO_TRITON)
+    paths = list(paths)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kvcompile.kernels.offline", *(str(p) for p in paths)]
-    done = subprocess.run([*command, "--arch", *arches], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise KvCompileError(f"offline compilation failed: {last[0]}")
-    table = json.loads(done.stdout.splitlines()[-1])
+    many = max(1, min(len(os.sched_getaffinity(0)), len(paths) // EACH))
+    parts = [[str(path) for path in paths[first::many]] for first in range(many)]
+    with ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "kvcompile.kernels.offline", *part, "--arch", *arches],
+                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )
+            )
+            for part in parts
+        ]  # fmt: skip
+        said = [process.communicate() for process in running]
+    table: dict[str, Any] = {}
+    for process, (out, complaints) in zip(running, said, strict=True):
+        if process.returncode:
+            last = complaints.strip().splitlines()[-1:] or ["no message"]
+            raise KvCompileError(f"offline compilation failed: {last[0]}")
+        table |= json.loads(out.splitlines()[-1])
+    table = {path.stem: table[path.stem] for path in paths}
     return {
         stem: tuple(Resources(**(entry | {"instructions": tuple(entry["instructions"])})) for entry in entries)
         for stem, entries in table.items()
@@ -133,10 +152,11 @@ def _compile(
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
     aligned |= {(names.index(name),): [["tt.divisibility", 16]] for name in _EVEN if name in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    limit = options.get("maxnreg_of_mma")  # where matrix instructions read registers: neither sm_90 nor sm_100
-    options = {name: value for name, value in options.items() if name != "maxnreg_of_mma"}
-    if limit is not None and cc // 10 not in (9, 10):
-        options["maxnreg"] = limit
+    # Where matrix instructions read registers there is one limit, on sm_90 another one, on sm_100 none.
+    by_arch = {9: options.get("maxnreg_of_wgmma"), 10: None}
+    limit = by_arch.get(cc // 10, options.get("maxnreg_of_mma"))
+    options = {name: value for name, value in options.items() if not name.startswith("maxnreg_of_")}
+    options |= {"maxnreg": limit} if limit is not None else {}
     built = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     ptx = built.asm["ptx"]
     stores, loads = _spills(ptx, cc)

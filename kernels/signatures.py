@@ -37,6 +37,17 @@ def registers(spec: KernelSpec) -> int:
     return min(255, 65536 // (32 * programs * spec.number("warps")))
 
 
+def registers_of_three(spec: KernelSpec) -> int:
+    """The most registers of a thread that leave room for three programs of a decode on Hopper; 0: no limit.
+
+    Three are launched for each multiprocessor. Left to itself, the assembler takes 150 to 220, by how many rows there
+    are, and mostly two fit. With more in each step, or other numbers of warps, a limit would spill.
+    """
+    facts = dict(spec.facts)
+    more = spec.template != "decode" or facts.get("softcap") or facts.get("sliding") or wide(spec)
+    return 0 if more or spec.number("warps") != 4 else 65536 // (32 * 3 * 4) // 8 * 8
+
+
 def wide(spec: KernelSpec) -> bool:
     """Whether tiles of decode take so many registers that a limit keeps no program off a multiprocessor."""
     return spec.fact("dtype") == "float32" or spec.number("head_dim") > 128
@@ -46,7 +57,7 @@ def _options(spec: KernelSpec) -> dict[str, int]:
     return {"num_warps": spec.number("warps"), "num_stages": 3, "maxnreg": registers(spec)}
 
 
-COMBINE = {"num_warps": 4, "num_stages": 3}
+COMBINE = {"num_warps": 4, "num_stages": 3, "maxnreg": 128}
 _EXTRA = {
     "cap": ("softcap", "fp32"),
     "sink": ("sinks", "*fp32"),
@@ -105,10 +116,12 @@ def _decode(spec: KernelSpec) -> tuple[Entry, ...]:
     )
     options = {"num_warps": spec.number("warps"), "num_stages": spec.number("stages")}
     options["maxnreg" if wide(spec) else "maxnreg_of_mma"] = registers(spec)
+    options |= {"maxnreg_of_wgmma": registers_of_three(spec)} if registers_of_three(spec) else {}
     keeps = spec.fact("logits") != "none"
+    combine = {"GROUP_TILE": power_of_two(spec.number("group")), "BLOCK_S": 128, "BLOCK_U": combine_units(spec)}
     return (
         ("decode_kernel", first, shape | {"BLOCK_N": spec.fact("block_n"), "KEEP_LOGITS": keeps}, options),
-        ("combine_kernel", second, shape | {"BLOCK_S": 128, "BLOCK_U": combine_units(spec)}, COMBINE),
+        ("combine_kernel", second, shape | combine, COMBINE),
     )
 
 

@@ -23,6 +23,8 @@ from kvcompile.kernels.render import load
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.tuning_space import Config, facts_digest
 
+LONGEST = 0.5  # seconds that the launches of one candidate may take together
+LEAST = 3  # launches whatever they take
 FLUSHES = 4  # times that the L2 is written over: longer than the host needs to queue a launch
 
 
@@ -38,8 +40,8 @@ class DeviceTimer:
         self._inputs: tuple[str, dict[str, Any], dict[str, Tensor]] | None = None
 
     def seconds(self, spec: KernelSpec, path: Path, config: Config, repeats: int) -> float:
-        """Median of `repeats` launches; infinite where the device refuses the launch."""
-        from triton.runtime.errors import OutOfResources
+        """Median of `repeats` launches, fewer where they are long; infinite where the device refuses the launch."""
+        from triton.runtime.errors import OutOfResources, PTXASError
 
         module = load(path)
         inputs, before = self._of(spec, module)
@@ -48,11 +50,15 @@ class DeviceTimer:
             rows, capacity = inputs["length"].shape[0], inputs["table"].shape[1] * module.PAGE
             target = units * self._processors
             inputs = inputs | {"scratch": module.make_scratch(rows, capacity, inputs["k"].device, target)}
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         try:
             module.launch(**inputs)
-        except OutOfResources:
+        except (OutOfResources, PTXASError):
             return float("inf")
+        (first,) = self._launched(module, inputs, before, 1)
+        return statistics.median(self._launched(module, inputs, before, _affordable(first, repeats)))
+
+    def _launched(self, module: Any, inputs: dict[str, Any], before: dict[str, Tensor], repeats: int) -> list[float]:
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in marks:
             put_back(inputs, before)
             for _ in range(FLUSHES):
@@ -61,7 +67,7 @@ class DeviceTimer:
             module.launch(**inputs)
             end.record()
         torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in marks) * 1e-3
+        return [start.elapsed_time(end) * 1e-3 for start, end in marks]
 
     def right(self, path: Path) -> bool:
         """Whether the file's own check passes here; what it prints goes to stderr."""
@@ -77,6 +83,11 @@ class DeviceTimer:
             inputs = module.example("cuda", dtype, small=False)
             self._inputs = name, inputs, copies(inputs)
         return self._inputs[1], self._inputs[2]
+
+
+def _affordable(seconds: float, repeats: int) -> int:
+    """How many launches of so many seconds are made where `repeats` are wanted."""
+    return max(min(LEAST, repeats), min(repeats, int(LONGEST / max(seconds, 1e-9))))
 
 
 def copies(inputs: dict[str, Any]) -> dict[str, Tensor]:

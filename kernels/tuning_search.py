@@ -70,16 +70,30 @@ def search(
     timer: Timer | None = None,
     tell: Callable[[str], None] = lambda what: None,
     compile_them: bool = True,
+    found: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, ...]:
-    """Every kernel of a plan on `sizes.gpu`. tell: hears what is being done. KvCompileError where nothing fits."""
+    """Every kernel of a plan on `sizes.gpu`. tell: hears what is being done; found: hears each outcome at once.
+
+    Raises:
+        KvCompileError: kernels of which nothing fits or is right; the others have been searched.
+    """
     if effort not in EFFORTS:
         raise KvCompileError(f"effort {effort!r}: there are {', '.join(EFFORTS)}")
     if EFFORTS[effort] and timer is None:
         raise KvCompileError(f"effort {effort} times kernels and needs the device; --effort none ranks without it")
+    outcomes, refused = [], []
     with tempfile.TemporaryDirectory() as place:
-        return tuple(
-            _one(plan, spec, sizes, effort, timer, tell, compile_them, Path(place)) for spec in specs_for(plan)
-        )
+        for spec in specs_for(plan):
+            try:
+                outcome = _one(plan, spec, sizes, effort, timer, tell, compile_them, Path(place))
+            except KvCompileError as error:
+                refused.append(str(error))
+                continue
+            found(outcome)
+            outcomes.append(outcome)
+    if refused:
+        raise KvCompileError("; ".join(refused))
+    return tuple(outcomes)
 
 
 def _one(

@@ -2,7 +2,7 @@
 
 Takes a policy and a local model folder; gives the best configuration of each Triton kernel, and files it for later
 runs. Guarantees: reads no weights; only `--effort none` works without the device, and what it writes is marked
-analytic; nothing is written where something failed.
+analytic; each kernel's result is written when it is there, and what failed writes nothing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ def tune(
     compiles = offline.has_triton()
     if not compiles:
         typer.echo("Triton is not installed: registers and spills are guessed, not compiled", err=True)
-    found = search(plan, Sizes(batch, tokens, place), effort, timer, lambda what: typer.echo(what, err=True), compiles)
-    path = save(tuple(outcome.entry for outcome in found), place) if found else None
+    written: list[Path] = []
+    found = search(
+        plan, Sizes(batch, tokens, place), effort, timer, lambda what: typer.echo(what, err=True), compiles,
+        lambda outcome: written.append(save((outcome.entry,), place)),
+    )  # fmt: skip
+    path = written[-1] if written else None
     if as_json:
         shared.print_json({"gpu": place.reported[0], "file": path, "kernels": [_facts(outcome) for outcome in found]})
     else:

@@ -98,7 +98,7 @@ def rows_of(gpu: Any, **changes: Any) -> dict[str, list[dict[str, Any]]]:
     decode = {"entries": 32768, "batch": 16, "mib": 2048, "of_copy": 0.9, "ours": 100.0, "scored": 104.0}
     rows = {
         "decode": [
-            decode | {"mib": 8, "of_copy": 0.4, "scored": 180.0, "flex_asked": False},
+            decode | {"entries": 512, "batch": 4, "mib": 8, "of_copy": 0.4, "scored": 180.0, "flex_asked": False},
             decode | {"ragged": 102.0, "flex_ragged": 160.0, "flex_asked": True},
         ],
         "prefill": [
@@ -154,6 +154,14 @@ def test_claims_hold_on_what_was_measured(gpu: Any) -> None:
 def test_a_claim_that_fails_or_lacks_figures_says_so(gpu: Any, which: int, changed: dict[str, Any], holds: str) -> None:
     claims = [claim.judged(rows_of(gpu, **changed))["holds"] for claim in gpu.claims.CLAIMS]
     assert claims[which] == holds
+
+
+def test_a_row_without_figures_leaves_a_claim_open_or_refuted_by_the_others(gpu: Any) -> None:
+    for of_copy, holds in ((0.9, "unmeasured"), (0.7, "no")):
+        rows = rows_of(gpu, decode__of_copy=of_copy)
+        rows["decode"].append({"entries": 131072, "batch": 32, "flex_asked": False})  # it failed as a whole
+        judged = gpu.claims.CLAIMS[0].judged(rows)
+        assert (judged["holds"], judged["found"]) == (holds, of_copy)
 
 
 def test_a_form_that_a_kernel_refuses_costs_only_itself(gpu: Any) -> None:

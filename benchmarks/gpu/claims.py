@@ -1,6 +1,6 @@
 """What the results must show on an H200, as data: each claim has its limit, the figure that was found, and a verdict.
 
-A claim is judged on what was measured in one run; where any figure that it needs is missing, it is unmeasured.
+Where any figure that a claim needs is missing it does not hold: it is unmeasured, or refuted by those that there are.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 Rows = list[dict[str, Any]]
+Found = tuple[float | None, bool]  # the figure, and whether all that it speaks of was measured
 Results = dict[str, Rows]  # part -> rows, each a cell with its figures
 
 
 @dataclass(frozen=True)
 class Claim:
-    """limit: at least or at most that. found: the worst figure over the rows that it speaks of, None without any."""
+    """limit: at least or at most that. found: the worst figure over the rows that it speaks of."""
 
     says: str
     part: str
     limit: float
     at_least: bool
-    found: Callable[[Rows], float | None]
+    found: Callable[[Rows], Found]
 
     def judged(self, results: Results) -> dict[str, Any]:
         """The claim with what was found: holds is yes, no or unmeasured."""
-        value = self.found(results.get(self.part, []))
-        holds = "unmeasured"
-        if value is not None:
-            holds = "yes" if (value >= self.limit if self.at_least else value <= self.limit) else "no"
+        value, whole = self.found(results.get(self.part, []))
+        kept = value is None or (value >= self.limit if self.at_least else value <= self.limit)
+        holds = "no" if not kept else "yes" if whole and value is not None else "unmeasured"
         bound = f"{'at least' if self.at_least else 'at most'} {self.limit:g}"
         return {"claim": self.says, "limit": bound, "found": value, "holds": holds}
 
@@ -43,26 +43,27 @@ def _ratio(above: str, below: str) -> Callable[[dict[str, Any]], float | None]:
 
 def _worst(
     of: Callable[[dict[str, Any]], float | None], where: Callable[[dict[str, Any]], bool], worst: Callable[..., float]
-) -> Callable[[Rows], float | None]:
-    def found(rows: Rows) -> float | None:
+) -> Callable[[Rows], Found]:
+    def found(rows: Rows) -> Found:
         some = [of(row) for row in rows if where(row)]
         known = [value for value in some if value is not None]
-        return worst(known) if known and len(known) == len(some) else None
+        return (worst(known) if known else None), len(known) == len(some)
 
     return found
 
 
 def _large(row: dict[str, Any]) -> bool:
-    return (row.get("mib") or 0) >= 64
+    """By its sizes, as one that failed has no figures: 64 MiB of eight heads of 128, keys and values in bf16."""
+    return bool(row["entries"] * row["batch"] * 4096 >= 64 << 20)
 
 
-def _proportional(rows: Rows) -> float | None:
+def _proportional(rows: Rows) -> Found:
     """Most time per live pair with local heads, over the same without any, at one length; from 32k tokens on."""
     base = {row["tokens"]: row for row in rows if row["local"] == 0 and row.get("ours")}
     some = [row for row in rows if row["local"] > 0 and row["tokens"] >= 32768]
-    if not some or not all(row.get("ours") and row["tokens"] in base for row in some):
-        return None
-    return max(row["ours"] / row["live"] / base[row["tokens"]]["ours"] for row in some)
+    known = [row for row in some if row.get("ours") and row["tokens"] in base]
+    worst = max((row["ours"] / row["live"] / base[row["tokens"]]["ours"] for row in known), default=None)
+    return worst, len(known) == len(some)
 
 
 def _model(rows: Rows, batch: int, keep: int, compile: str) -> float | None:
@@ -73,14 +74,14 @@ def _model(rows: Rows, batch: int, keep: int, compile: str) -> float | None:
     return None
 
 
-def _gain(batch: int) -> Callable[[Rows], float | None]:
-    def found(rows: Rows) -> float | None:
+def _gain(batch: int) -> Callable[[Rows], Found]:
+    def found(rows: Rows) -> Found:
         gains = []
         for how in ("cudagraph", "cudagraph+inductor"):
             full, less = _model(rows, 16, 100, how), _model(rows, batch, 25, how)
             if full and less:
                 gains.append(less / full)
-        return max(gains, default=None)
+        return max(gains, default=None), bool(gains)  # the better way of compiling
 
     return found
 

@@ -56,9 +56,9 @@ def test_decode_and_evict_fit_a_hopper(tmp_path: Path) -> None:
         assert used.fits and 16 <= used.registers <= 255
         assert used.spill_stores == used.spill_loads == 0
         assert f".entry {used.kernel}" in used.ptx and used.kernel in used.line()
-    # At least two programs at a time on a multiprocessor, so that one loads while another computes.
-    assert decode.registers * decode.warps * 32 * 2 <= 65536
-    assert decode.shared * 2 <= 227 * 1024
+    # As many programs stand on a multiprocessor as work units are aimed at: three.
+    assert decode.registers * decode.warps * 32 * 3 <= 65536
+    assert (decode.shared + 1024) * 3 <= 228 * 1024
 
 
 @pytest.mark.slow

@@ -218,6 +218,16 @@ def test_noise_changes_nothing(gain: float, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.entry.config == default(found.spec)
 
 
+def test_a_kernel_that_is_right_nowhere_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, heard = Fake({"warps": 8}), list[str]()
+    monkeypatch.setattr(timer, "right", lambda path: not path.name.startswith("evict"))
+    chosen = tuple(spec for spec in specs_for(h2o()) if spec.template in ("evict", "pack", "select"))
+    monkeypatch.setattr("kvcompile.kernels.tuning_search.specs_for", lambda _: chosen)
+    with pytest.raises(KvCompileError, match="no configuration passes the kernel's own check"):
+        search(h2o(), SIZES, "full", timer, compile_them=False, found=lambda one: heard.append(one.spec.template))
+    assert sorted(heard) == ["pack", "select"]
+
+
 def test_a_fast_kernel_that_is_wrong_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = Fake({"warps": 2}, wrong=True)
     (found,) = search(only(h2o(), "pack", monkeypatch), SIZES, "full", timer, compile_them=False)

@@ -100,6 +100,33 @@ def test_ragged_rows_match_attention_written_out(tmp_path: Path, group: int, siz
     pools.assert_pages_conserved()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "programs", "units"),
+    [
+        ([448] * 4, 7, [1, 1, 1, 1]),  # in stretches of 256 there would be eight
+        ([600, 300, 100, 20], 5, [2, 1, 1, 1]),
+        ([600, 600, 600, 1], 3, [1, 1, 1, 1]),  # more rows than programs: in rounds whatever the stretch
+        ([640, 1, 1, 1], 13, [10, 1, 1, 1]),  # as many as there are: each program has one
+    ],
+)
+def test_no_unit_is_left_for_a_second_round(
+    tmp_path: Path, lengths: list[int], programs: int, units: list[int]
+) -> None:
+    p = plan(H2O_KEEP, (H2O,), layers=1, group=1)
+    pools = Pools(4, 64, 64)
+    for row, count in enumerate(lengths):
+        pools.fill(row, list(range(count)))
+    q, k, v = tokens(p, pools, 2)
+    made = module(p, decode_spec(p), tmp_path)
+    launch = DecodeStep.prepare(made, 1, 4, 64 * PAGE, torch.device("cpu"), programs)
+    launch.module.launch(
+        q, k, v, torch.tensor([700, 700]), torch.tensor([1, 1]), pools.k, pools.v, pools.pos, pools.frozen,
+        pools.state, pools.table, pools.length, pools.free, pools.top, torch.tensor([0]), 0.125, scratch=launch.scratch,
+        min_chunk=64,
+    )  # fmt: skip
+    assert launch.scratch["plan"][1, :4].tolist() == units
+
+
 def test_inactive_sequences_are_left_alone(tmp_path: Path) -> None:
     p = plan(H2O_KEEP, (H2O,), layers=1)
     pools = Pools(4, 8, 64)
