@@ -7,7 +7,10 @@ there is run. Guarantees: whatever is wrong with it costs time and one warning t
 from __future__ import annotations
 
 import atexit
+import errno
+import grp
 import os
+import pwd
 import shutil
 import stat
 import tempfile
@@ -29,7 +32,11 @@ def wanted() -> Path | None:
     """The cache folder that was asked for, whatever its state; None where there is not even a home folder."""
     chosen = os.environ.get("KVC_CACHE")
     if chosen:
-        return Path(chosen).absolute()
+        place = Path(chosen)
+        try:
+            return place.expanduser().absolute()
+        except RuntimeError:  # `~` of nobody: a name like any other
+            return place.absolute()
     try:
         return Path.home() / ".cache" / "kvcompile"
     except RuntimeError:
@@ -57,10 +64,10 @@ def ready(folder: Path) -> Path:
         (own or folder).mkdir(parents=True, exist_ok=True)
         return own or folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         inner = folder.relative_to(place).parts
         for depth in range(len(inner) + 1):
-            _check(place.joinpath(*inner[:depth]))
+            _make(place.joinpath(*inner[:depth]))
     except OSError as error:
         return leave(folder, error)
     return folder
@@ -82,7 +89,7 @@ def leave(folder: Path, error: OSError) -> Path:
             _left[place] = reason
             _warn(
                 f"the cache folder {place} is not used: {reason}{at}; generated files go to a temporary folder and are "
-                "made anew in each process; mend its rights, or set KVC_CACHE to a folder of your own"
+                "made anew in each process; mend that folder, or set KVC_CACHE to a folder of your own"
             )
     own = private() / folder.relative_to(place)
     own.mkdir(parents=True, exist_ok=True)
@@ -115,7 +122,7 @@ def is_ours(path: Path) -> bool:
         seen = path.lstat()
     except OSError:
         return False
-    return stat.S_ISREG(seen.st_mode) and seen.st_uid == os.geteuid() and not seen.st_mode & stat.S_IWOTH
+    return stat.S_ISREG(seen.st_mode) and seen.st_uid == os.geteuid() and not _others_write(seen)
 
 
 def put(data: bytes, path: Path) -> None:
@@ -157,14 +164,40 @@ def _instead(folder: Path) -> Path | None:
     return private() / folder.relative_to(place) if place in _left and folder.is_relative_to(place) else None
 
 
+def _make(folder: Path) -> None:
+    """Make a folder in one that is fit for use, unless it is there, and see that it is fit, too."""
+    try:
+        folder.mkdir(mode=0o755)
+    except FileExistsError:
+        if not folder.exists():
+            raise FileNotFoundError(errno.ENOENT, "it is a link to nowhere", str(folder)) from None
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    _check(folder)
+
+
 def _check(folder: Path) -> None:
     seen = folder.stat()
     if seen.st_uid != os.geteuid():
         raise PermissionError(0, f"it belongs to user {seen.st_uid}, this is user {os.geteuid()}", str(folder))
-    if seen.st_mode & stat.S_IWOTH and not seen.st_mode & stat.S_ISVTX:
+    if _others_write(seen) and not seen.st_mode & stat.S_ISVTX:
         raise PermissionError(0, "other users may write to it", str(folder))
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise PermissionError(0, "it cannot be written", str(folder))
+
+
+def _others_write(seen: os.stat_result) -> bool:
+    return bool(seen.st_mode & stat.S_IWOTH or (seen.st_mode & stat.S_IWGRP and not _of_one(seen.st_gid, os.geteuid())))
+
+
+@cache
+def _of_one(group: int, user: int) -> bool:
+    """Whether a user is all of a group: where each has one, folders are made with rights for it."""
+    try:
+        who, found = pwd.getpwuid(user), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return who.pw_gid == group and found.gr_name == who.pw_name and set(found.gr_mem) <= {who.pw_name}
 
 
 @cache

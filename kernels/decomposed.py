@@ -131,7 +131,8 @@ class DecomposedLayer(nn.Module):
         scalars |= {"prompt": now + 1, "step": torch.zeros_like(now)} if ends else {}
         scalars |= {name: given[name] for name in _SCALARS if name in given}
         reading = Asking(q, at) if ends else Asking(q[:, :, -1:], at[-1:])
-        columns = Columns(given["k"], given["v"], given["pos"], given["resident"], self.scale, scalars=scalars)
+        rows = (given["k"], given["v"], given["pos"], given["resident"])
+        columns = Columns(*rows, self.scale, facts.softcap, scalars=scalars)
         out = torch.einsum("hgqn,hnd->qhgd", attention(columns, reading), columns.v.float()).flatten(1, 2)
         if self.plan.states:
             columns = replace(columns, state=self._grown(columns, reading, given["states"]))
@@ -341,10 +342,8 @@ def _first(init: Expr, pos: Tensor) -> Tensor:
 
 
 def refuse_attention(plan: PolicyPlan, layer: int) -> None:
-    """NotFunctional for a model whose attention is more than a softmax over all that came before."""
+    """NotFunctional for a model whose attention is more than a softmax over all that came before, capped or not."""
     facts = plan.facts
-    if facts.softcap:
-        raise NotFunctional(f"logits with a soft-cap of {facts.softcap:g}")
     if facts.sinks:
         raise NotFunctional("attention sinks with learned logits")
     if facts.reach(layer):

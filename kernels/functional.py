@@ -39,7 +39,7 @@ class Columns:
     """Rows of some KV heads; a column is an entry, in any order.
 
     k, v [heads, n, head_dim]; pos int64 [heads, n]; there bool [heads, n], columns that hold an entry; state name ->
-    float32 [heads, n]; scalars: int64 [] each; asking: whose queries formulas may ask for.
+    float32 [heads, n]; scalars: int64 [] each; asking: whose queries formulas may ask for; cap: of logits, 0: none.
     """
 
     k: Tensor
@@ -47,6 +47,7 @@ class Columns:
     pos: Tensor
     there: Tensor
     scale: float
+    cap: float = 0.0
     state: Mapping[str, Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     asking: Mapping[QuerySource, Asking] = field(default_factory=dict)
@@ -64,6 +65,8 @@ def attention(columns: Columns, asking: Asking, kind: str = "attn") -> Tensor:
     What a query may not read has probability 0 and logit -inf.
     """
     logits = torch.einsum("hgqd,hnd->hgqn", asking.q.float(), columns.k.float()) * columns.scale
+    if columns.cap:
+        logits = columns.cap * torch.tanh(logits / columns.cap)
     may = seen(columns, asking)[:, None]
     logits = torch.where(may, logits, NEG_INF)
     if kind == "logit":

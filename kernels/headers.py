@@ -35,9 +35,10 @@ def header_for(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes = Sizes(), targe
     if spec.template in _POOLED:
         shapes += _extents(plan) if target == "cpp" else _pools(plan)
     given = ", ".join(f"{name}={value}" for name, value in plan.params)
+    often = "two launches" if target == "triton" and traffic.launches == 2 else "one launch"
     return Header(
         policy=f"{plan.name}({given})" if given else plan.name,
-        sites=f"{facts.layers} layers of {facts.kv_heads} KV heads ({facts.family or 'any'} model), one launch "
+        sites=f"{facts.layers} layers of {facts.kv_heads} KV heads ({facts.family or 'any'} model), {often} "
         + ("for all layers" if spec.template == "evict" else "a layer"),
         shapes=shapes,
         traffic=traffic,
@@ -130,7 +131,12 @@ def _columns(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, 
         ("k", f"[B, {facts.kv_heads}, N, {facts.head_dim}]"),
         ("out", f"[B, {facts.kv_heads}, N] float32"),
     )
-    parts = (("keys, each pass", passes * entries * facts.entry_bytes // 2), ("scores", entries * 4))
+    queries = sizes.batch * facts.q_heads * asked * facts.entry_bytes // 2
+    parts = (
+        ("keys, each pass", passes * entries * facts.entry_bytes // 2),
+        ("queries, each pass", passes * queries),
+        ("scores", entries * 4),
+    )
     return shapes, Traffic(parts, launches=passes, operations=2 * passes * pairs * facts.head_dim)
 
 

@@ -1,7 +1,7 @@
 """The command that hands a policy's layer to other compilers: export.
 
 Takes a policy and a local model folder; gives MLIR text on stdout or in a file. Guarantees: `--to linalg` and
-`--to stablehlo` read no weights; the same arguments give the same bytes; nothing is written where something failed.
+`--to stablehlo` read no weights; the same arguments give the same bytes; nothing is written where the export failed.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def export(
     from kvcompile.exporting import require_torch_mlir
 
     require_torch_mlir()
+    if out is not None:
+        if out.is_dir():
+            raise typer.BadParameter(f"{out} is a folder; name a file in it", param_hint="--out")
+        if not out.exists():
+            shared.check_folder(out.parent, f"--out {out}")
     with shared.progress("exporting"):
         source = shared.load_model(model, anywhere=False) if to == "torch" else shared.load_config(model)
         found = exported(

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config
 
 import kvcompile
 from kvcompile import KvCompileError
 from kvcompile.cli import main
 from kvcompile.kernels.decomposed import DecomposedLayer
+from kvcompile.passes import compile_policy
+from kvcompile.passes.facts import model_facts
 from tests.export_cases import LAYER, differences, inputs_of, watched
 from tests.export_engine import run
 from tests.models import random_model
@@ -45,6 +48,24 @@ def test_linalg_runs_on_the_cpu_and_equals_the_reference(policy, phase):
     errors = differences(step, layer, inputs, made)
     assert errors["kept"] and errors["out"] < 1e-5 and errors["states"] < 1e-5
     assert bool(errors["dropped"]) == (policy != "keep_all")
+
+
+def test_linalg_of_capped_logits_equals_torch():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma2Config(**sizes, num_hidden_layers=2, vocab_size=64, attn_logit_softcapping=2.0, dtype="float32")
+    layer = config.layer_types.index("full_attention")
+    plan = compile_policy("h2o", model_facts(config), heavy=5, local=3).plan
+    found = kvcompile.export(config, "h2o", to="linalg", layer=layer, length=PROMPT, heavy=5, local=3)
+    scale = config.query_pre_attn_scalar**-0.5
+    module, dice = DecomposedLayer(plan, layer, "step", PROMPT, scale), torch.Generator().manual_seed(1)
+    given = {port.name: torch.randn(port.shape, generator=dice) * 3 for port in found.inputs}
+    given |= {"pos": torch.arange(PROMPT).expand(plan.facts.kv_heads, -1), "at": torch.tensor([PROMPT - 1])}
+    given["resident"] = torch.ones(plan.facts.kv_heads, PROMPT)
+    inputs = [given[port.name].to(port.dtype) for port in found.inputs]
+    made, truth = run(found.text, inputs, module(*inputs)), module(*inputs)
+    assert plan.facts.softcap and "math.tanh" in found.text
+    for a, b in zip(made, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["linalg", "stablehlo"])
@@ -114,7 +135,8 @@ def test_the_command_writes_a_file_or_says_everything_as_json(tmp_path, capsys):
         (["--phase", "chunk"], 2, "none of step, prefill"),
         (["--set", "layer=2"], 2, "an option of export"),
         (["--to", "linalg", "--layer", "7"], 1, "the model has layers 0 to 2"),
-        (["--to", "linalg", "--length", "8", "--out", "/nowhere/at/all"], 1, "/nowhere/at/all: No such file"),
+        (["--out", "/nowhere/at/all"], 1, "--out /nowhere/at/all: cannot write there (No such file"),
+        (["--out", "/tmp"], 2, "/tmp is a folder; name a file in it"),
         (["--length", "100000"], 1, "positions"),
     ],
 )

@@ -98,7 +98,7 @@ def test_what_has_no_such_form_is_refused_by_name(policy, phase, model, tmp_path
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [({"softcap": 50.0}, "soft-cap of 50"), ({"sinks": True}, "sinks"), ({"windows": (0, 9, 0)}, "window of 9 tokens")],
+    [({"sinks": True}, "sinks"), ({"windows": (0, 9, 0)}, "window of 9 tokens")],
 )
 def test_attention_that_is_more_than_a_softmax_over_all_is_refused_by_name(more, says, model):
     facts = replace(model_facts(model), **more)
@@ -107,6 +107,22 @@ def test_attention_that_is_more_than_a_softmax_over_all_is_refused_by_name(more,
         DecomposedLayer(plan, LAYER, "step", PROMPT, 1.0)
     if facts.windows:  # a layer without a window has its form
         DecomposedLayer(plan, 0, "step", PROMPT, 1.0)
+
+
+def test_a_soft_cap_bounds_logits_before_the_softmax(model):
+    facts, n, cap, scale = replace(model_facts(model), softcap=0.7), 12, 0.7, 0.9
+    layer = DecomposedLayer(compile_policy("tova", facts, budget=5).plan, LAYER, "step", n, scale)
+    dice = torch.Generator().manual_seed(1)
+    given = {port.name: torch.randn(port.shape, generator=dice) for port in layer.inputs}
+    given |= {"pos": torch.arange(n).expand(facts.kv_heads, -1), "at": torch.tensor([n - 1])}
+    given |= {"resident": torch.ones(facts.kv_heads, n, dtype=torch.bool), "counts": torch.tensor([5])}
+    inputs = [given[port.name].to(port.dtype) for port in layer.inputs]
+    out, keep = layer(*inputs)
+    q = given["q"].view(facts.kv_heads, facts.group, 1, -1)
+    attn = (cap * torch.tanh(q @ given["k"][:, None].mT * scale / cap)).softmax(-1)
+    torch.testing.assert_close(out, (attn @ given["v"][:, None]).flatten(0, 1).transpose(0, 1), rtol=1e-5, atol=1e-5)
+    best = attn.mean((0, 1, 2)).topk(5).indices
+    assert torch.equal(keep, torch.zeros_like(keep).index_fill(1, best, True))
 
 
 def test_a_prompt_shorter_than_the_queries_that_a_score_asks_for_is_refused(model):

@@ -13,10 +13,12 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,10 +30,12 @@ FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
     "-Wno-psabi",
 )  # fmt: skip
-_SECONDS = 300
+_SECONDS, _SECONDS_SMALLEST = 300, 60  # until a compiler counts as one that hangs
 _ROOM = 1 << 20  # bytes that a library may take: what a folder must have left for its compiler not to be blamed
 _SMALLEST = '#include <cmath>\n#include <omp.h>\nextern "C" int smallest() { return omp_get_max_threads(); }\n'
 _refused: dict[Path, NoCompiler] = {}  # what the compiler said of texts that it did not take in this process
+_useless: dict[str, str] = {}  # compilers that cannot build kernels, and what is wrong with them
+_running: set[subprocess.Popen[str]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +88,52 @@ def _tell(message: str) -> None:
 @cache
 def _compiler(asked: str, search: str) -> Compiler | str:
     """The compiler, or why there is none."""
+    asked = asked.strip()
     if asked.lower() == "none":
         return "C++ kernels are switched off by KVC_CXX=none"
     names = [asked] if asked else ["g++", "c++"]
     path = next((found for name in names if (found := shutil.which(name, path=search))), None)
     if path is None:
-        return f"no C++ compiler: {' and '.join(names)} not found; install g++ or set KVC_CXX to a compiler"
+        way = "install g++ or set KVC_CXX to a compiler" + (", without arguments" if " " in asked else "")
+        return f"no C++ compiler: {' and '.join(names)} not found; {way}"
     try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        return f"the C++ compiler {path} does not answer --version ({error}); set KVC_CXX to one that works"
-    return Compiler(path, done.stdout.split("\n", 1)[0])
+        code, said, complaint = _answer([path, "--version"], 30)
+        failed = f"exit code {code}{complaint and ': '}{_gist(complaint)}" if code else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        failed = str(error)
+    if failed:
+        return f"the C++ compiler {path} does not answer --version ({failed}); set KVC_CXX to one that works"
+    return Compiler(path, said.split("\n", 1)[0])
+
+
+def _answer(command: list[str], seconds: float, scratch: Path | None = None) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a program.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.TimeoutExpired: it takes longer than `seconds`; it and what it has started are over then.
+    """
+    environment = os.environ | {"LC_ALL": "C"} | ({} if scratch is None else {"TMPDIR": str(scratch)})
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace", env=environment,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        _running.add(process)
+        try:
+            said, complaint = process.communicate(timeout=seconds)
+        except BaseException:
+            _end(process)
+            raise
+        finally:
+            _running.discard(process)
+    return process.returncode, said, complaint
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """The end of a program and of what it has started, which all is one session."""
+    with suppress(ProcessLookupError, PermissionError):  # it is over, in the words of two systems
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @cache
@@ -146,6 +185,8 @@ def build(source: str, folder: Path) -> Path:
         return path
     if path in _refused:
         raise type(_refused[path])(str(_refused[path]))
+    if _useless.get(compiler().path):
+        raise NoUsableCompiler(_useless[compiler().path])
     try:
         try:
             _compile(source, path)
@@ -162,7 +203,12 @@ def build_all(sources: list[str], folder: Path) -> None:
     """Compile several texts side by side, as many at a time as there are processors."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     with ThreadPoolExecutor(max_workers=len(affinity(0)) if affinity else os.cpu_count()) as pool:
-        list(pool.map(lambda source: build(source, folder), sources))
+        try:
+            list(pool.map(lambda source: build(source, folder), sources))
+        except KeyboardInterrupt:  # it does not reach other sessions
+            for process in list(_running):
+                _end(process)
+            raise
 
 
 def _compile(source: str, path: Path) -> None:
@@ -173,13 +219,14 @@ def _compile(source: str, path: Path) -> None:
         except NoCompiler as error:
             (Path(scratch) / "room").write_bytes(bytes(_ROOM))  # OSError: the disk is to blame
             if (fault := _fault(compiler().path)) is not None:
+                _useless[compiler().path] = fault
                 raise NoUsableCompiler(fault) from error
             raise
         code = made.read_bytes()
     cache_folder.put(code + _seal(path.name, code), path)
 
 
-def run_compiler(source: str, flags: tuple[str, ...], made: Path) -> None:
+def run_compiler(source: str, flags: tuple[str, ...], made: Path, seconds: float | None = None) -> None:
     """Run the compiler on a text, in the folder of the file that it makes.
 
     Raises:
@@ -189,16 +236,19 @@ def run_compiler(source: str, flags: tuple[str, ...], made: Path) -> None:
     text = made.with_suffix(".cpp")
     text.write_text(source, encoding="utf-8")
     command = [compiler().path, *flags, str(text), "-o", str(made)]
-    environment = os.environ | {"TMPDIR": str(made.parent), "LC_ALL": "C"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False, env=environment
-        )
+        code, _, said = _answer(command, seconds or _SECONDS, made.parent)
     except (OSError, subprocess.SubprocessError) as error:
         raise NoCompiler(f"the C++ compiler {compiler().path} failed: {error}") from error
-    if done.returncode or not made.exists():
-        said = done.stderr[-2000:].strip() or f"exit code {done.returncode}, and no word"
-        raise NoCompiler(f"{' '.join(command)} failed:\n{said}")
+    if code or not made.exists():
+        said = said[-2000:].strip() or f"exit code {code}, and no word"
+        raise NoCompiler(f"the C++ compiler {compiler().path} failed: {_gist(said)}\n{' '.join(command)}\n{said}")
+
+
+def _gist(said: str) -> str:
+    """The line of a compiler's words that tells most."""
+    lines = said.strip().splitlines() or [""]
+    return next((line for line in lines if "error" in line), lines[-1])
 
 
 @cache
@@ -206,11 +256,12 @@ def _fault(path: str) -> str | None:
     """What is wrong with a compiler that cannot even build the smallest kernel; None: it can."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            run_compiler(_SMALLEST, FLAGS, Path(scratch) / "smallest.so")
+            run_compiler(_SMALLEST, FLAGS, Path(scratch) / "smallest.so", _SECONDS_SMALLEST)
         except NoCompiler as error:
+            said = str(error).splitlines()[0].partition(" failed: ")[2]
             return (
                 f"the C++ compiler {path} cannot build kernels (they need C++17, OpenMP and -march=native): "
-                f"{str(error).splitlines()[-1]}; set KVC_CXX to g++ 11 or newer"
+                f"{said}; set KVC_CXX to g++ 11 or newer"
             )
     return None
 
@@ -226,11 +277,24 @@ def load(source: str, folder: Path) -> ctypes.CDLL:
     path = build(source, folder)
     try:
         return ctypes.CDLL(str(path))
-    except OSError as error:  # sound, and yet refused: a folder whose files must not be run
-        refused = error
+    except OSError as error:  # sound, and yet refused
+        refused = str(error).removeprefix(f"{path}: ")
+    try:  # elsewhere: files of that folder may not be run
+        found = ctypes.CDLL(str(build(source, cache_folder.private() / "built")))
+    except OSError:
+        path.unlink(missing_ok=True)  # it would be found again once what is wrong is mended
+        what = f"{refused}; mend the compiler, or set KVC_CACHE to a folder whose files may be run"
+        if _loads_smallest():
+            raise NoCompiler(f"the library of a kernel cannot be loaded: {what}") from None
+        raise NoUsableCompiler(f"what the C++ compiler {compiler().path} makes cannot be loaded: {what}") from None
+    cache_folder.leave(path.parent, PermissionError(0, f"the system does not run files there ({refused})"))
+    return found
+
+
+@cache
+def _loads_smallest() -> bool:
     try:
-        own = cache_folder.leave(path.parent, PermissionError(0, f"the system does not run files there ({refused})"))
-        return ctypes.CDLL(str(build(source, own)))
-    except OSError as error:
-        way = "set KVC_CACHE to a folder whose files may be run"
-        raise NoCompiler(f"{path} cannot be loaded: {error}; {way}") from error
+        ctypes.CDLL(str(build(_SMALLEST, cache_folder.private() / "built")))
+    except (OSError, NoCompiler):
+        return False
+    return True

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import grp
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,18 +37,23 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     forget()
     monkeypatch.setenv("KVC_CACHE", str(tmp_path / "cache"))
     yield tmp_path
+    if cache_folder.private.cache_info().currsize:  # a worker of a parallel run ends without clearing up
+        shutil.rmtree(cache_folder.private(), ignore_errors=True)
     forget()
 
 
 def forget() -> None:
     cache_folder._left.clear()
     building._refused.clear()
+    building._useless.clear()
     for known in (
         building.load,
         building._compiler,
         building._fault,
         building._tell,
+        building._loads_smallest,
         cache_folder._warn,
+        cache_folder._of_one,
         cache_folder.private,
     ):
         known.cache_clear()
@@ -190,16 +199,50 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
         tuning_store.save((), GPUS["H200"])
 
 
-def test_a_folder_that_others_may_write_is_not_used(fresh: Path) -> None:
-    (fresh / "cache").mkdir()
-    (fresh / "cache").chmod(0o777)
-    check_private("other users may write to it", fresh / "cache")
-
-
 def test_a_folder_below_that_others_may_write_is_not_used(fresh: Path) -> None:
     (fresh / "cache" / "kernels").mkdir(parents=True)
     (fresh / "cache" / "kernels").chmod(0o777)
     check_private("other users may write to it, at", fresh / "cache")
+
+
+@pytest.mark.parametrize("members", [None, ["another"]])
+def test_what_a_group_may_write_is_used_only_where_this_user_is_all_of_it(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, members: list[str] | None
+) -> None:
+    user, group = pwd.getpwuid(os.geteuid()), (fresh / ".").stat().st_gid
+    of_one = members is None
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name=user.pw_name, pw_gid=group))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name=user.pw_name, gr_mem=members or []))
+    cache_folder._of_one.cache_clear()
+    (fresh / "cache").mkdir()
+    (fresh / "cache").chmod(0o775)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        path = write("x = 1\n", folder("any", "0123456789") / "kernel.py")
+    assert path.is_relative_to(fresh / "cache") == of_one
+    assert ["other users may write to it" in str(w.message) for w in seen] == ([] if of_one else [True])
+    path.chmod(0o664)
+    assert cache_folder.is_ours(path) == of_one
+
+
+def test_a_folder_that_others_may_write_is_not_used_and_nothing_is_made_in_it(fresh: Path) -> None:
+    (fresh / "cache").mkdir()
+    (fresh / "cache").chmod(0o777)
+    check_private("other users may write to it", fresh / "cache")
+    assert list((fresh / "cache").iterdir()) == []
+
+
+def test_a_link_to_nowhere_is_called_one(fresh: Path) -> None:
+    (fresh / "cache").symlink_to(fresh / "nowhere")
+    check_private("it is a link to nowhere", fresh / "cache")
+
+
+def test_a_home_folder_may_be_named_by_its_sign(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(fresh))
+    monkeypatch.setenv("KVC_CACHE", "~/of mine")
+    assert cache_folder.root() == fresh / "of mine"
+    monkeypatch.setenv("KVC_CACHE", "~no-such-user/of mine")
+    assert cache_folder.root() == Path.cwd() / "~no-such-user" / "of mine"
 
 
 def test_a_sticky_folder_is_used(fresh: Path) -> None:
@@ -230,7 +273,7 @@ def test_a_read_only_folder(fresh: Path) -> None:
             part.chmod(0o755)
     os.seteuid(65534)
     try:
-        with pytest.warns(UserWarning, match="is not used: Permission denied"):
+        with pytest.warns(UserWarning, match="is not used: it cannot be written"):
             path = write("x = 1\n", folder("any", "0123456789") / "kernel.py")
     finally:
         os.seteuid(0)
@@ -308,6 +351,52 @@ def test_a_compiler_without_openmp(fresh: Path, monkeypatch: pytest.MonkeyPatch)
             building.build(text(answer), built())
 
 
+def test_a_compiler_that_hangs_is_stopped_with_all_that_it_started_and_not_asked_again(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = fresh / "started"
+    says = f'[ "$1" = --version ] && echo slow && exit; echo $$ >> {started}; sleep 100 & echo $! >> {started}; wait'
+    monkeypatch.setenv("KVC_CXX", str(script(fresh, "slow", says)))
+    monkeypatch.setattr(building, "_SECONDS", 0.5)
+    monkeypatch.setattr(building, "_SECONDS_SMALLEST", 0.5)
+    with pytest.raises(NoUsableCompiler, match=r"cannot build kernels .* timed out after 0\.5 seconds"):
+        building.build(text(15), built())
+    with pytest.raises(NoUsableCompiler, match="cannot build kernels"):
+        building.build(text(16), built())
+    known = started.read_text().split()
+    assert len(known) == 4  # the text and the smallest one: a shell and its child each
+    assert not [number for number in known if is_running(int(number))]
+    assert list(built().iterdir()) == []
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@needs_compiler
+def test_libraries_that_do_not_load_say_so_of_the_compiler_and_stay_nowhere(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a compiler writes for another machine, or what its code needs is not installed."""
+    real, works = compiler().path, fresh / "works"
+    says = f'[ "$1" = --version ] && echo odd 1.0 && exit; [ -e {works} ] && exec {real} "$@"; '
+    says += 'for out; do :; done; echo nothing > "$out"'
+    monkeypatch.setenv("KVC_CXX", str(script(fresh, "odd", says)))
+    messages = set()
+    for answer in (17, 18):
+        with warnings.catch_warnings(), pytest.raises(NoUsableCompiler, match="odd makes cannot be loaded") as found:
+            warnings.simplefilter("error")  # the cache folder is not to blame
+            loaded(answer)
+        messages.add(str(found.value))
+    assert len(messages) == 1 and list(built().iterdir()) == []
+    works.touch()
+    shutil.rmtree(cache_folder.private())
+    assert loaded(17) == 17
+
+
 @needs_compiler
 def test_a_text_that_is_refused_is_tried_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = fresh / "runs"
@@ -317,6 +406,7 @@ def test_a_text_that_is_refused_is_tried_once(fresh: Path, monkeypatch: pytest.M
         with pytest.raises(NoCompiler, match="no_such_thing") as found:
             building.build('extern "C" int f() { return no_such_thing; }\n', built())
         assert not isinstance(found.value, NoUsableCompiler)
+        assert "no_such_thing" in str(found.value).splitlines()[0]  # what a report shows
     compiled = [line for line in runs.read_text().splitlines() if "--version" not in line]
     assert len(compiled) == 2  # the text, and the smallest one
     assert loaded(12) == 12

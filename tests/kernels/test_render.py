@@ -118,6 +118,12 @@ def test_the_header_shows_formula_bytes_and_arithmetic() -> None:
         assert part in " ".join(header.split()), header
     want = (128 + 8 + 2) * 2**20 / 3.35e12 * 1e6
     assert f"({want:.1f} us) + 2 x 3 us" in " ".join(header.split())
+    assert "32 layers of 8 KV heads (any model), two launches a layer" in header
+    # Every query of a piece is read once, and there are `group` of them for each key.
+    piece = next(spec for spec in specs_for(policy) if spec.template == "columns")
+    parts = dict(header_for(policy, piece, Sizes(4, 8192)).traffic.parts)
+    assert parts["keys, each pass"] == 4 * 8 * 8192 * 256
+    assert parts["queries, each pass"] == policy.facts.group * parts["keys, each pass"]
 
 
 def test_predictions_take_the_tighter_bound() -> None:
