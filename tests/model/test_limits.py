@@ -7,7 +7,8 @@ import torch
 
 import kvcompile
 from kvcompile import CacheFull, KvCompileError
-from kvcompile.store import PagedStore, Pools
+from kvcompile.pages import PagedStore
+from kvcompile.store import Pools
 from tests.models import random_model, tokens
 
 POLICIES = {
