@@ -39,6 +39,7 @@ from kvcompile.multimodal import Inputs, with_images
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
 from kvcompile.pages import PagedStore
 from kvcompile.passes.facts import text_config
+from kvcompile.projections import Projections
 from kvcompile.refusals import (
     check_positions,
     refuse_beside,
@@ -70,6 +71,7 @@ class Engine:
     compiled: bool
     rope: RopeTable | None = None  # where the policy turns keys by itself
     graphs: StepGraphs | None = None  # where steps are replayed
+    projections: Projections | None = None  # linear layers that run by a kernel of their own
     sink_logits: tuple[Tensor, ...] = ()  # [q_heads] of each layer, the model's own parameters
     home: torch.device | None = None  # where caches lie; None: where their first tokens are
     limit: Limit = field(default_factory=lambda: Limit(None))  # on the bytes of all its caches
@@ -367,7 +369,8 @@ class OptimizedForward:
             return output
 
         cache.guard.touched = phase
-        with on_device(store.device), Stopwatch(store.device, wait=phase != "step") as watch:
+        running = contextlib.nullcontext() if engine.projections is None else engine.projections.during(direct)
+        with on_device(store.device), running, Stopwatch(store.device, wait=phase != "step") as watch:
             if phase == "step" and engine.graphs is not None and self._graphable(keep, kwargs):
                 output = engine.graphs.run(store, forward, tokens, positions, (name, keep, evicts))
             else:
