@@ -72,17 +72,18 @@ def prompt_ids(setting: Setting):
     return torch.randint(3, 512, (1, setting.prompt), generator=torch.Generator().manual_seed(1))
 
 
-def time_decode(model, setting: Setting, prefill) -> dict[str, object]:
+def time_decode(model, setting: Setting, prefill, bare=None) -> dict[str, object]:
     """Times `prefill(ids) -> (last logits, cache)` once and then each greedy step alone.
 
     Positions are explicit, because a cache that dropped entries no longer tells the length of the text. After each step
     the same token runs through the bare model, without a cache: what a step takes beyond that is its attention part.
-    Gives seconds of the prefill, milliseconds of each step and of each bare one, medians (of the steps, and of what
-    each takes beyond its bare one), and the cache.
+    bare: that model, where the contestant runs more than attention in its own way; else `bare_model`. Gives seconds
+    of the prefill, milliseconds of each step and of each bare one, medians (of the steps, and of what each takes
+    beyond its bare one), and the cache.
     """
     import torch
 
-    ids, bare = prompt_ids(setting), bare_model(setting)
+    ids, bare = prompt_ids(setting), bare or bare_model(setting)
     steps, rests = [], []
     with torch.no_grad():
         start = time.perf_counter()

@@ -11,10 +11,10 @@ from _attention_page import claim_line, table
 from torch import Tensor
 
 from kvcompile import sequences
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import ops
 from kvcompile.kernels.plan import ModelFacts
 from kvcompile.passes import compile_policy
-from kvcompile.store import ExtentStore
 
 HOW = """\
 All contestants of a table ran in one process and took turns, each round another one first; milliseconds are medians
@@ -44,7 +44,7 @@ class Piece:
         known, piece = sequences.Sequences(plan, 1), [sequences.Piece(n, ends=True)]
         known.begin_prefill([n])
         clock, counts = known.numbers(piece)
-        fires = known.fires(piece, self.store.lengths())
+        fires = torch.tensor(known.fires(piece, self.store.lengths()), dtype=torch.uint8)
         for name, source in (("clock", clock), ("counts", counts), ("fires", fires)):
             getattr(self.store, name).copy_(source)
 

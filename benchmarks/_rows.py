@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import ops
 from kvcompile.kernels.cpp_backend.build import NoCompiler, compiler
 from kvcompile.kernels.layout import Site, write
 from kvcompile.kernels.plan import ModelFacts
 from kvcompile.passes import compile_policy
 from kvcompile.sequences import Piece, Sequences
-from kvcompile.store import ExtentStore
 
 STEP = Piece(1, step=True)
 
@@ -106,4 +106,4 @@ class Rows:
         clock, counts = sequences.numbers([STEP])
         self.store.clock.copy_(clock)
         self.store.counts.copy_(counts)
-        self.store.fires.copy_(sequences.fires([STEP], self.store.lengths()))
+        self.store.fires.copy_(torch.tensor(sequences.fires([STEP], self.store.lengths())))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from kvcompile.extents import ExtentStore
+
 
 @dataclass(slots=True)
 class Request:
@@ -130,7 +132,7 @@ def conserved(cache: Any) -> bool:
     """Whether memory is neither lost nor given out twice: extents lie apart and within their pool; every page is free
     or held, and no page is held twice but by rows that share a prefix."""
     store = cache.store
-    if hasattr(store, "pools") and isinstance(store.pools, list):
+    if isinstance(store, ExtentStore):
         return all(_apart(table, pool.slots) for table, pool in zip(store.table.tolist(), store.pools, strict=True))
     page = store.plan.page
     held: Counter[int] = Counter()

@@ -25,6 +25,7 @@ from _common import (
     KV_HEADS,
     LAYERS,
     Setting,
+    bare_model,
     build_model,
     cache_bytes,
     machine,
@@ -64,10 +65,13 @@ def untouched(attention: str = "sdpa") -> Callable[[Setting], dict[str, object]]
     return run
 
 
-def kvcompile_policy(policy: str, table: str = "", **params: str) -> Callable[[Setting], dict[str, object]]:
+def kvcompile_policy(
+    policy: str, table: str = "", *, linear: bool = True, **params: str
+) -> Callable[[Setting], dict[str, object]]:
     """A library policy of kvcompile, its parameters by the names of settings; `table` is a head class of random scores.
 
-    Kernels are built when the model is optimised, so before anything is timed.
+    Kernels are built when the model is optimised, so before anything is timed. linear: with kvcompile's linear layers,
+    which the bare model then has as well; else with torch's.
     """
 
     def run(setting: Setting) -> dict[str, object]:
@@ -78,16 +82,41 @@ def kvcompile_policy(policy: str, table: str = "", **params: str) -> Callable[[S
             tables = {table: head_scores(Path(folder))} if table else None
             values = {name: getattr(setting, field) for name, field in params.items()}
             kvcompile.optimize(model, policy, tables=tables, **values)
+        bare = bare_as(model, setting) if linear else with_torchs_linear(model)
 
         def prefill(ids):
             out = model(ids, use_cache=True, logits_to_keep=1)
             return out.logits, out.past_key_values
 
-        found = time_decode(model, setting, prefill)
+        found = time_decode(model, setting, prefill, bare)
         report = kvcompile.report(model).to_dict()
         return {**found, "bytes": report["bytes_resident"], "bytes_peak": report["bytes_peak"]}
 
     return run
+
+
+def bare_as(model, setting: Setting):
+    """The bare model with the linear layers that an optimised one has."""
+    from kvcompile.api import optimized
+
+    bare, projections = bare_model(setting), optimized(model).forward.engine.projections
+    if projections is None:
+        return bare
+    projections.put_into([bare])
+
+    def run(*args, **kwargs):
+        with projections.during(True):
+            return bare(*args, **kwargs)
+
+    return run
+
+
+def with_torchs_linear(model) -> None:
+    """Gives an optimised model the linear layers back that it came with."""
+    from kvcompile.api import optimized
+
+    for replaced in optimized(model).replaced:
+        replaced.undo()
 
 
 def head_scores(folder: Path) -> Path:
@@ -131,11 +160,13 @@ class Contestant:
     peer: bool = False
 
 
+TORCHS = "kvcompile snapkv, torch's linear layers"
 CONTESTANTS = (
     Contestant("untouched", untouched()),
     Contestant("untouched, FlexAttention", untouched("flex_attention")),
     Contestant("kvcompile keep_all", kvcompile_policy("keep_all")),
     Contestant("kvcompile snapkv", kvcompile_policy("snapkv", budget="budget", observe="observe")),
+    Contestant(TORCHS, kvcompile_policy("snapkv", linear=False, budget="budget", observe="observe")),
     Contestant("kvcompile adakv", kvcompile_policy("adakv", budget="budget", observe="observe")),
     Contestant(
         "kvcompile prulong", kvcompile_policy("prulong", "retrieval", n_sink="sink", window="window", c="chunk")
@@ -244,11 +275,13 @@ def compare(rounds: dict[str, list[dict]], failed: dict[str, str], setting: Sett
 HOW = """\
 The attention part of a step is the step's time less that of the same token through the same model, without a cache and
 with an attention that gives zeros of the right shape and reads nothing; both alternate in one process, and the median
-is that of the differences. So appending to the cache counts as attention, and of kvcompile also what its forward does
-around the layers. Everything that compiles did so before it was timed: kvcompile's kernels when the model was
-optimised, FlexAttention in a prefill and three steps. prulong: head scores are random, 30 % of the KV heads keep
-everything, the others a sink of {sink} and a window of {window}; the prompt comes in pieces of {chunk}. Each
-contestant's process made the model and its prompt anew, from the same seeds."""
+is that of the differences. kvcompile runs the linear layers of a step by a kernel of its own, as torch's use one thread
+for a single row on this processor; the model without attention then has them as well, so its attention part gains
+nothing by it, and one contestant runs without them. So appending to the cache counts as attention, and of kvcompile
+also what its forward does around the layers. Everything that compiles did so before it was timed: kvcompile's kernels
+when the model was optimised, FlexAttention in a prefill and three steps. prulong: head scores are random, 30 % of the
+KV heads keep everything, the others a sink of {sink} and a window of {window}; the prompt comes in pieces of {chunk}.
+Each contestant's process made the model and its prompt anew, from the same seeds."""
 
 
 def as_table(found: dict[str, object], rounds: int) -> str:

@@ -99,6 +99,11 @@ def prefill_spec(plan: PolicyPlan, listed: int = 0) -> KernelSpec:
     return made(KernelSpec.of("prefill", None, "_".join(sorted(given) + ["listed"] * bool(listed)), **facts))
 
 
+def project_spec(plan: PolicyPlan) -> KernelSpec:
+    """Linear layers of a step on the CPU; on a GPU they are the library's."""
+    return KernelSpec.of("project", dtype=plan.facts.dtype)
+
+
 def _state_tile(state: StatePlan, add: Expr) -> Tile:
     reach.formula(add)
     if "q" in open_axes(add):  # states grow query by query, so a forward adds the sum

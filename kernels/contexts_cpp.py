@@ -169,6 +169,13 @@ def _select(spec: KernelSpec) -> Context:
     return {"formulas": contexts.context(spec)["formulas"], **_selection(spec)}
 
 
+FEW = 4  # rows from which on a library's product of matrices is as good as lines that are read once
+
+
+def _project(spec: KernelSpec) -> Context:
+    return {"few": FEW}
+
+
 _CONTEXTS: dict[str, Callable[[KernelSpec], Context]] = {
     "decode": _decode,
     "evict": _evict,
@@ -182,4 +189,5 @@ _CONTEXTS: dict[str, Callable[[KernelSpec], Context]] = {
     "entries": contexts_cpp_reads.entries,
     "spans": contexts_cpp_reads.spans,
     "blocks": contexts_cpp_reads.blocks,
+    "project": _project,
 }

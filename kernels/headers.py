@@ -39,7 +39,7 @@ def header_for(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes = Sizes(), targe
     return Header(
         policy=f"{plan.name}({given})" if given else plan.name,
         sites=f"{facts.layers} layers of {facts.kv_heads} KV heads ({facts.family or 'any'} model), {often} "
-        + ("for all layers" if spec.template == "evict" else "a layer"),
+        + _LAUNCHES.get(spec.template, "a layer"),
         shapes=shapes,
         traffic=traffic,
         bench=(
@@ -215,6 +215,13 @@ def _spans(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Tr
     return (query,), Traffic((("keys and values, if all are read", _entries(plan, sizes) * facts.entry_bytes),))
 
 
+def _project(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:
+    """Of all linear layers of a step together."""
+    shapes = (("x, w, bias, out", "[rows, columns], [lines, columns], [lines], [rows, lines]"),)
+    return shapes, Traffic((("all weights of the model, in as many launches", plan.facts.weight_bytes),))
+
+
+_LAUNCHES = {"evict": "for all layers", "project": "a linear layer"}
 _POOLED = ("decode", "prefill", "evict", "pack", "spans", "blocks")
 _ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffic]]] = {
     "decode": _decode,
@@ -231,4 +238,5 @@ _ABOUT: dict[str, Callable[[PolicyPlan, KernelSpec, Sizes], tuple[Shapes, Traffi
     "spans": _spans,
     "blocks": _prefill,
     "chosen": _chosen,
+    "project": _project,
 }

@@ -25,8 +25,36 @@ class Clock:
     WIDTH = 6
 
 
-class Site(NamedTuple):
-    """All tensors of one layer's call, in the order in which ops take them.
+class _Tensors(NamedTuple):
+    layer: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    frozen: Tensor
+    state: Tensor
+    length: Tensor
+    table: Tensor
+    free: Tensor
+    top: Tensor
+    ring: Tensor
+    clock: Tensor
+    counts: Tensor
+    fires: Tensor
+    scalar: Tensor
+    picked: Tensor
+    rope: Tensor
+    reach: Tensor
+    sink: Tensor
+    marks: Tensor
+    edges: Tensor
+    marked: Tensor
+    segment: Tensor
+    links: Tensor
+
+
+class Site(_Tensors):
+    """All tensors of one layer's call, in the order in which ops take them. None is ever resized in place, so what a
+    backend makes of their addresses may be kept in the instance.
 
     layer   int64 [1]            which layer this is: data, never a literal of the graph
     k, v    [slots, head_dim]    pos int32 [slots]   frozen uint8 [slots]   state float32 [states, slots]
@@ -53,31 +81,6 @@ class Site(NamedTuple):
             no set asks for it; links uint8 [batch, names, stretches, stretches], whether for a query of one stretch
             (line) another (column) is in the region of each name of `spans.span_names`; line and column 0: of none
     """
-
-    layer: Tensor
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    frozen: Tensor
-    state: Tensor
-    length: Tensor
-    table: Tensor
-    free: Tensor
-    top: Tensor
-    ring: Tensor
-    clock: Tensor
-    counts: Tensor
-    fires: Tensor
-    scalar: Tensor
-    picked: Tensor
-    rope: Tensor
-    reach: Tensor
-    sink: Tensor
-    marks: Tensor
-    edges: Tensor
-    marked: Tensor
-    segment: Tensor
-    links: Tensor
 
     @property
     def paged(self) -> bool:

@@ -131,21 +131,27 @@ def program(site: str) -> Program:
     return _programs[site]
 
 
-def _anchor(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, phase: str, site: str) -> Tensor:
+def anchor(q: Tensor, k: Tensor, v: Tensor, at: Site, scale: float, phase: str, site: str) -> Tensor:
+    """What `kvc::anchor_v1` does, without its dispatch: for callers that `watched` tells that nobody looks."""
+    known = program(site)
+    plan, backend = known.plan, known.backend
     if phase == "step":
-        out = _attend_step(q, k, v, store, scale, site)
-        if program(site).evicts_in_step:
-            _evict_step(store, 1, scale, site)
+        out = backend.attend_step(plan, at, q, k, v, scale, known.weights)
+        if known.evicts_in_step:
+            backend.evict_step(plan, [at], scale)
         return out
-    plan = program(site).plan
-    out = _attend_prefill(q, k, v, store, scale, site)
-    state = _observe(q, k, v, store, scale, site) if plan.states else None
+    out = backend.attend_prefill(plan, at, q, k, v, scale, known.weights)
+    state = backend.observe(plan, at, q, k, v, scale, known.weights) if plan.states else None
     for cls, judges in stages(plan, phase):
         if judges:
-            _evict_prefill(q, k, v, state, store, scale, cls, site)
+            backend.evict_prefill(plan, cls, at, q, k, v, state, scale)
         else:
-            _insert(k, v, state, store, cls, site)
+            backend.insert(plan, cls, at, k, v, state)
     return out
+
+
+def _anchor(q: Tensor, k: Tensor, v: Tensor, store: list[Tensor], scale: float, phase: str, site: str) -> Tensor:
+    return anchor(q, k, v, Site(*store), scale, phase, site)
 
 
 def stages(plan: PolicyPlan, phase: str) -> list[tuple[int, bool]]:

@@ -90,6 +90,7 @@ PURPOSE = {
     "spans": "one token of every sequence: append, then each head reads its list of a row's entries, or all",
     "blocks": "a piece of every sequence, each query by what its rule reads, in strips of those that read alike",
     "chosen": "which units each query of a piece chooses, and which tiles of entries are read at all",
+    "project": "a linear layer of a step's few rows: each weight is read once, by all threads",
     "pool": "what follows a score along the row: pooling over the candidates in position order",
 }
 

@@ -1,7 +1,7 @@
 """`optimize`, `restore`, `use`: a Hugging Face model in, the same model out, its attention rewritten.
 
-Nothing global is patched: the model and its decoder layers get a `forward` of their own, which `restore`
-takes away again.
+Nothing global is patched: the model, its decoder layers and on the CPU their linear layers get a `forward` of their own,
+which `restore` takes away again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from kvcompile.guard import guarded
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.sizes import parse_bytes
 from kvcompile.limits import Limit, with_sequences
-from kvcompile.off import Silenced, silence
+from kvcompile.off import silence
 from kvcompile.passes import Compiled
 from kvcompile.passes.facts import text_config
 from kvcompile.passes.sites import AttentionSite, find_sites
 from kvcompile.placement import processes_of
 from kvcompile.plain_graphs import is_plain
+from kvcompile.replacing import Replaced, put_back
 
 
 class Optimized:
@@ -51,7 +52,7 @@ class Optimized:
         self.configs = configs  # every module with the configuration that it had
         self.generate = generate  # an instance's own generate, where it had one
         self.request = request
-        self.silenced: list[Silenced] = []  # modules of layers that are off
+        self.replaced: list[Replaced] = []  # forwards of modules inside layers
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise no_copies()
@@ -135,7 +136,9 @@ def _install(
     model.__dict__["_kvcompile"] = state
     try:
         _set_attention(model)
-        state.silenced = silence(sites, engine.plan.off)
+        state.replaced = silence(sites, engine.plan.off)
+        if engine.projections is not None:
+            state.replaced += engine.projections.put_into([*(site.layer for site in sites), *_head_of(model)])
         for site in sites:
             site.layer.forward = LayerForward(engine.layers, site.layer, site.index)
         model.forward = forward
@@ -158,13 +161,13 @@ def restore(model: nn.Module) -> nn.Module:
     state.forward.traffic.refuse_under_way()
     del model.__dict__["_kvcompile"]
     state.forward.closed = True
-    _put_back(model, state.forward, state.forward.original)
+    put_back(model, state.forward, state.forward.original)
     for site in state.sites:
         own = vars(site.layer).get("forward")
         if isinstance(own, LayerForward):
-            _put_back(site.layer, own, own.plain)
-    for silenced in state.silenced:
-        _put_back(silenced.module, silenced.ours, silenced.before)
+            put_back(site.layer, own, own.plain)
+    for replaced in state.replaced:
+        replaced.undo()
     for name in ("generate", *(n for n in CONTINUOUS if vars(model).get(n) is refuse_continuous)):
         vars(model).pop(name, None)
     if state.generate is not None:
@@ -172,6 +175,12 @@ def restore(model: nn.Module) -> nn.Module:
     for module, config in state.configs:
         module.config = config
     return model
+
+
+def _head_of(model: Any) -> list[nn.Module]:
+    """The layer that makes logits, where the model has one."""
+    head = model.get_output_embeddings()
+    return [] if head is None else [head]
 
 
 def _own_config(model: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -190,15 +199,6 @@ def _set_attention(model: Any) -> None:
     outer, text = model.config, text_config(model.config)
     keys = [key for key in getattr(outer, "sub_configs", ()) if getattr(outer, key, None) is text and text is not outer]
     model.set_attn_implementation(dict.fromkeys(keys, ATTENTION) if keys else ATTENTION)
-
-
-def _put_back(module: nn.Module, ours: Any, original: Any) -> None:
-    if vars(module).get("forward") is not ours:
-        return  # someone has wrapped it since: theirs to undo
-    if getattr(original, "__func__", None) is type(module).forward:
-        del module.__dict__["forward"]
-    else:
-        module.forward = original
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from kvcompile.compiled import Layers, variants_of
 from kvcompile.cuda_graphs import StepGraphs, step_graphs
 from kvcompile.forward import Engine
 from kvcompile.kernels import ops
+from kvcompile.kernels.cpp_backend.backend import Cpp
+from kvcompile.kernels.cpp_backend.project import project_of
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
@@ -40,6 +42,7 @@ from kvcompile.placement import (
     spoken,
 )
 from kvcompile.probe import run_probes
+from kvcompile.projections import Projections
 from kvcompile.rotary import RopeTable
 from kvcompile.telling import refuse_peeked
 from kvcompile.weights import load_weights
@@ -88,6 +91,7 @@ class Parts:
     program: ops.Program
     rope: RopeTable | None
     graphs: StepGraphs | None
+    projections: Projections | None
 
 
 def choose(model: nn.Module, sites: Sites, processes: Processes | None, request: Request) -> Choice:
@@ -121,7 +125,8 @@ def prepare(model: nn.Module, sites: Sites, processes: Processes | None, choice:
         program.backend.prepare(plan)
         found = type(program.backend).__name__
         said += [*spoken(whole, found, choice.inner), f"trained scores {fingerprint(weights)}"]
-    return Parts(program, rope, graphs)
+        project = project_of(plan) if isinstance(program.backend, Cpp) and choice.inner == "off" else None
+    return Parts(program, rope, graphs, None if project is None else Projections(project))
 
 
 def engine_of(sites: Sites, choice: Choice, parts: Parts, limit: Limit) -> Engine:
@@ -133,5 +138,6 @@ def engine_of(sites: Sites, choice: Choice, parts: Parts, limit: Limit) -> Engin
     sinks = tuple(local(cast(Tensor, site.attention.sinks)) for site in sites) if plan.facts.sinks else ()
     return Engine(
         plan, key, choice.backend == "triton", layers, tail, scale, choice.inner != "off",
-        rope=parts.rope, graphs=parts.graphs, sink_logits=sinks, home=choice.home, limit=limit,
+        rope=parts.rope, graphs=parts.graphs, projections=parts.projections, sink_logits=sinks, home=choice.home,
+        limit=limit,
     )  # fmt: skip

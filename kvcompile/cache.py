@@ -18,14 +18,16 @@ from transformers import Cache
 
 from kvcompile import moving
 from kvcompile.drafting import why_not
+from kvcompile.extents import ExtentStore
 from kvcompile.guard import Guard
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.limits import allocated, room_in_all
+from kvcompile.pages import PagedStore
 from kvcompile.run import Run
 from kvcompile.sequences import Sequences
 from kvcompile.spans import Spans, table_bytes
-from kvcompile.store import ExtentStore, PagedStore, on_device
+from kvcompile.store import on_device
 
 
 class KvCache(Cache):

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.layout import Site
+from kvcompile.kernels.ops import anchor
 from kvcompile.kernels.plan import ModelFacts
 from kvcompile.passes.dump import dump_graph
 from kvcompile.passes.families import CARRIERS
@@ -47,11 +48,11 @@ def variants_of(facts: ModelFacts, scale: float) -> tuple[Variant, ...]:
 
 class Anchor(NamedTuple):
     """What one layer's call hands its attention: the phase, the program's digest, the site's tensors, and what the
-    layer is expected to ask for (None: not checked)."""
+    layer is expected to ask for (None: not checked). A list of tensors goes through the operator, a site past it."""
 
     phase: str
     site: str
-    store: list[Tensor]
+    store: list[Tensor] | Site
     variant: Variant | None = None
 
 
@@ -69,13 +70,15 @@ class Closed:
 class Call:
     """One forward of the whole model: its phase, program, sites in layer order, and whether graphs are used.
 
-    `opened`: layers whose graph ran without the evictions of a step, which are still to come.
+    `direct`: nothing looks at operators, see `watched`. `opened`: layers whose graph ran without the evictions of a
+    step, which are still to come.
     """
 
     phase: str
     site: str
     sites: list[Site]
     compiled: bool
+    direct: bool = False
     opened: list[int] = field(default_factory=list)
 
 
@@ -110,9 +113,11 @@ def attention(
         _check_variant(module, kvc.variant, scale, query, key, value, kwargs)
     home, dtype = kvc.store[1].device, kvc.store[1].dtype
     if query.device == home and query.dtype == key.dtype == value.dtype == dtype:
+        if isinstance(kvc.store, Site):
+            return anchor(query, key, value, kvc.store, scale, kvc.phase, kvc.site), None
         return torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site), None
     moved = (t.to(home, dtype) for t in (query, key, value))
-    return torch.ops.kvc.anchor_v1(*moved, kvc.store, scale, kvc.phase, kvc.site).to(query.device), None
+    return torch.ops.kvc.anchor_v1(*moved, list(kvc.store), scale, kvc.phase, kvc.site).to(query.device), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -177,8 +182,9 @@ class Layers:
         layer, index, plain = at.layer, at.index, at.plain
         live = index not in self.off
         if live:
-            anchor = Anchor(call.phase, call.site, list(call.sites[index]), self.variants[index])
-            kwargs[CARRIERS.get(type(layer).__name__, "kvc")] = Closed(anchor) if at.hooked else anchor
+            site = call.sites[index]
+            given = Anchor(call.phase, call.site, site if call.direct else list(site), self.variants[index])
+            kwargs[CARRIERS.get(type(layer).__name__, "kvc")] = Closed(given) if at.hooked else given
         # A forward that someone else has put there does more than the class's own, so it runs as it is.
         if not call.compiled or self.breaks or getattr(plain, "__func__", None) is not type(layer).forward:
             return plain(*args, **kwargs)

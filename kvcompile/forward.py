@@ -33,10 +33,13 @@ from kvcompile.health import refuse_nan
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.span import waits
+from kvcompile.kernels.watched import watched
 from kvcompile.limits import CacheFull, Limit, room_in_all
 from kvcompile.multimodal import Inputs, with_images
 from kvcompile.padding import Columns, columns_of, gather_columns, scatter_columns
+from kvcompile.pages import PagedStore
 from kvcompile.passes.facts import text_config
+from kvcompile.projections import Projections
 from kvcompile.refusals import (
     check_positions,
     refuse_beside,
@@ -50,7 +53,7 @@ from kvcompile.rotary import RopeTable, angles_upto
 from kvcompile.run import Stopwatch
 from kvcompile.sequences import Piece
 from kvcompile.spans import Spans
-from kvcompile.store import PagedStore, on_device, to_device
+from kvcompile.store import on_device, to_device
 from kvcompile.stub import StubCache
 from kvcompile.telling import said_of, take_spans
 
@@ -68,6 +71,7 @@ class Engine:
     compiled: bool
     rope: RopeTable | None = None  # where the policy turns keys by itself
     graphs: StepGraphs | None = None  # where steps are replayed
+    projections: Projections | None = None  # linear layers that run by a kernel of their own
     sink_logits: tuple[Tensor, ...] = ()  # [q_heads] of each layer, the model's own parameters
     home: torch.device | None = None  # where caches lie; None: where their first tokens are
     limit: Limit = field(default_factory=lambda: Limit(None))  # on the bytes of all its caches
@@ -121,8 +125,7 @@ class OptimizedForward:
         refuse_empty(tokens)
         as_tuple = kwargs.pop("return_dict", None) is False
         spans = kwargs.pop("spans", None)
-        # A cache outlives the mode that it was made in, and inference tensors could not be written to later.
-        with torch.inference_mode(False), torch.no_grad(), self.traffic.inside():
+        with _plain_tensors(), self.traffic.inside():
             cache = self._cache(past_key_values, tokens)
             columns = columns_of(tokens, attention_mask)
             embedded = input_ids is None
@@ -337,7 +340,9 @@ class OptimizedForward:
         if engine.plan.compact:  # the model leaves queries and keys unturned, every read turns them by place
             positions = torch.zeros_like(positions)
         clock, counts = sequences.numbers(pieces)
-        fires = sequences.fires(pieces, store.lengths() if _asks_length(engine.plan) else None)
+        lines = sequences.fires(pieces, store.lengths() if _asks_length(engine.plan) else None)
+        fires = torch.tensor(lines, dtype=torch.uint8)
+        decides = any(any(line) for line in lines[: len(engine.plan.classes)])
         with room_in_all(store):
             store.cover(max(s.seen + p.new for s, p in zip(sequences.each, pieces, strict=True)))
             if isinstance(store, PagedStore):
@@ -347,14 +352,14 @@ class OptimizedForward:
             store.admit_piece(tokens.shape[1])
         for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
             target.copy_(to_device(source, store.device))
-        cache.run.before(pieces, store.lengths(), tokens.shape[1])
+        cache.run.before(pieces, store.lengths(), tokens.shape[1], decides)
         # A piece of one token would specialise the graph of longer ones.
         compiled = engine.compiled and (phase == "step" or tokens.shape[1] > 1)
-        sites = store.sites()
-        evicts = phase == "step" and bool(fires[: len(engine.plan.classes)].any())
+        sites, direct = store.sites(), not compiled and not watched()
+        evicts = phase == "step" and decides
 
         def forward(tokens: Tensor, positions: Tensor) -> Any:
-            call = Call(phase, engine.site, sites, compiled)
+            call = Call(phase, engine.site, sites, compiled, direct)
             output = self.original(
                 **{name: tokens}, attention_mask=None, position_ids=positions, past_key_values=StubCache(),
                 use_cache=True, logits_to_keep=keep, return_dict=True, kvc=call, **kwargs,
@@ -364,16 +369,17 @@ class OptimizedForward:
             return output
 
         cache.guard.touched = phase
-        with on_device(store.device), Stopwatch(store.device, wait=phase != "step") as watch:
+        running = contextlib.nullcontext() if engine.projections is None else engine.projections.during(direct)
+        with on_device(store.device), running, Stopwatch(store.device, wait=phase != "step") as watch:
             if phase == "step" and engine.graphs is not None and self._graphable(keep, kwargs):
                 output = engine.graphs.run(store, forward, tokens, positions, (name, keep, evicts))
             else:
                 output = forward(tokens, positions)
-            parts = self._evict_span(Call(phase, engine.site, sites, compiled), fires, phase == "prefill.end")
+            parts = self._evict_span(Call(phase, engine.site, sites, compiled), lines, phase == "prefill.end")
         cache.loose |= phase != "step" or evicts
         if parts is not None:
             sequences.measure(parts, pieces)
-        sequences.advance(pieces, fires)
+        sequences.advance(pieces, lines)
         cache.run.timed(watch.seconds, all(p.step or not p.new for p in pieces), sum(p.new for p in pieces))
         return output
 
@@ -393,12 +399,12 @@ class OptimizedForward:
             return
         torch.ops.kvc.evict_step_v1(stores, len(call.opened), engine.scale, call.site)
 
-    def _evict_span(self, call: Call, fires: Tensor, ends: bool) -> Tensor | None:
+    def _evict_span(self, call: Call, lines: list[list[int]], ends: bool) -> Tensor | None:
         """Decisions that wait for the last layer, however the layers ran; gives measured shares where prompts end."""
         plan = self.engine.plan
         waiting = self.engine.waiting[call.phase == "step"]
         measures = ends and any(share.measured for share in plan.shares)
-        if not measures and not (waiting and bool(fires[waiting].any())):
+        if not measures and not any(any(lines[cls]) for cls in waiting):
             return None
         stores = [t for site in call.sites for t in site]
         parts = torch.ops.kvc.evict_span_v1(stores, len(call.sites), self.engine.scale, call.phase, call.site)
@@ -409,6 +415,16 @@ class OptimizedForward:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise no_copies()
+
+
+def _plain_tensors() -> contextlib.AbstractContextManager[object]:
+    """No gradients, and no inference tensors: a cache outlives the mode that it was made in, and is written to."""
+    if not torch.is_inference_mode_enabled():  # to enter a mode that is on already takes a twentieth of a small step
+        return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+    both = contextlib.ExitStack()
+    both.enter_context(torch.inference_mode(False))
+    both.enter_context(torch.no_grad())
+    return both
 
 
 def _asks_length(plan: PolicyPlan) -> bool:

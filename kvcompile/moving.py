@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels.extent import extent
 from kvcompile.kernels.landmarks import forget
 from kvcompile.kernels.layout import Site, compact
 from kvcompile.kernels.states import follow_reads
 from kvcompile.limits import CacheFull, room_in_all
+from kvcompile.pages import PagedStore
 from kvcompile.sharing import Shared
-from kvcompile.store import POOLS, ExtentStore, PagedStore, Pools, Store
+from kvcompile.store import POOLS, Pools, Store
 
 # What stands beside the pools and belongs to a sequence: name and the dimension that counts sequences.
 _BESIDE = (
@@ -197,7 +199,8 @@ def _join_extents(store: ExtentStore, parts: list[ExtentStore]) -> None:
     store.length = torch.cat([p.length for p in parts], 1)
     for layer in range(store.plan.facts.layers):
         capacities = [extent(n) if n else 0 for n in store.length[layer].tolist()]
-        store.pools[layer] = pool = store.new_pools(sum(capacities))
+        pool = store.new_pools(sum(capacities))
+        store.put(layer, pool)
         row = top = 0
         for part in parts:
             for (start, _), n in zip(part.table[layer].tolist(), part.length[layer].tolist(), strict=True):

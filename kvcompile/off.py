@@ -8,12 +8,13 @@ to its attention is refused by name. LLM-Drop (arXiv 2406.15786) takes the norm 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.passes.sites import AttentionSite
+from kvcompile.replacing import Replaced, replace
 
 _BEFORE = ("input_layernorm",)
 _AROUND = ("input_layernorm", "post_attention_layernorm")
@@ -49,14 +50,6 @@ _NORMS: dict[str, tuple[str, ...] | None] = {
 }
 
 
-class Silenced(NamedTuple):
-    """A module whose forward does nothing now, what stands there, and what stood there before."""
-
-    module: nn.Module
-    ours: Any
-    before: Any
-
-
 def refuse_off(sites: Sequence[AttentionSite], off: tuple[int, ...]) -> None:
     """KvCompileError for layers of a kind of which it is not known what belongs to their attention."""
     if off and len(off) == len(sites):
@@ -70,7 +63,7 @@ def refuse_off(sites: Sequence[AttentionSite], off: tuple[int, ...]) -> None:
             )
 
 
-def silence(sites: Iterable[AttentionSite], off: tuple[int, ...]) -> list[Silenced]:
+def silence(sites: Iterable[AttentionSite], off: tuple[int, ...]) -> list[Replaced]:
     """Put forwards that do nothing into the attentions of these layers, and into the norms that only they need."""
     found = []
     for site in sites:
@@ -79,8 +72,7 @@ def silence(sites: Iterable[AttentionSite], off: tuple[int, ...]) -> list[Silenc
         replaced: list[tuple[nn.Module, Any]] = [(site.attention, nothing)]
         replaced += [(norm, unchanged) for norm in _norms(site.layer)]
         for module, ours in replaced:
-            found.append(Silenced(module, ours, module.forward))
-            module.forward = ours
+            found.append(replace(module, ours))
     return found
 
 

@@ -18,11 +18,13 @@ from kvcompile.padding import Columns
 
 def check_positions(cache: KvCache, columns: Columns, position_ids: Tensor | None) -> None:
     """Positions are the sequence's own count; others would contradict the policy, which tests them."""
-    if position_ids is None or position_ids.device.type != "cpu":
+    if position_ids is None or not position_ids.is_cpu:
         return
     if position_ids.ndim == 3 and bool((position_ids == position_ids[:1]).all()):  # several axes that say the same
         position_ids = position_ids[0]
-    given = position_ids.expand(len(columns), -1).tolist() if position_ids.ndim == 2 else None
+    given = position_ids.tolist() if position_ids.ndim == 2 else None
+    if given is not None and len(given) == 1:  # the same for every sequence
+        given *= len(columns)
     for b, (cols, seq) in enumerate(zip(columns, cache.sequences.each, strict=True)):
         expected = list(range(seq.seen, seq.seen + len(cols)))
         if given is None or [given[b][c] for c in cols if c < len(given[b])] != expected:

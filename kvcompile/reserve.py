@@ -16,10 +16,10 @@ from kvcompile.kernels.extent import SLACK, extent
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.kernels.ranks import has_joint, of_all_heads
 from kvcompile.limits import room_in_all
+from kvcompile.pages import PagedStore
 from kvcompile.passes.groups import Group, groups
 from kvcompile.passes.residents import Rows, advance
 from kvcompile.sequences import Piece, Progress
-from kvcompile.store import PagedStore
 
 
 def reserve_prefill(cache: KvCache, forwards: list[list[Piece]], stepping: Sequence[bool] = (), draft: int = 0) -> None:

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels.layout import Clock
 from kvcompile.kernels.plan import PolicyPlan, Region
+from kvcompile.pages import PagedStore
 from kvcompile.passes.reading import idle_weights, step_reads
 from kvcompile.sequences import Piece
-from kvcompile.store import ExtentStore, PagedStore, to_device
+from kvcompile.tally import Tally
 
 _waiting: list[Run] = []  # caches that went where nothing could be counted
 
@@ -50,15 +52,7 @@ class Run:
     def start(self) -> None:
         """As new: nothing has run."""
         batch, store = self.batch, self.store
-        # On the store's device: a step must not wait for its own lengths.
-        facts = self.plan.facts
-        self.area = torch.zeros(facts.layers, batch, facts.kv_heads, dtype=torch.int64, device=store.device)  # of nP
-        self.widest = torch.zeros_like(self.area)  # P + n of each head
-        # Layers that are off read nothing of a forward either.
-        self.reads = torch.tensor(
-            [[[layer not in self.plan.off]] for layer in range(facts.layers)], device=store.device
-        )
-        self.widest_sum = torch.zeros(batch, dtype=torch.int64, device=store.device)  # the same of all heads together
+        self.tally = Tally(self.plan, batch, store.device)  # there, as a step must not wait for its own lengths
         self.triangles = [0] * batch  # n(n+1)/2, the same for all heads
         self.tokens = [0] * batch
         self.prefill_tokens = 0
@@ -67,19 +61,11 @@ class Run:
         self.decode_seconds = 0.0
         self.bytes_peak = 0
 
-    def before(self, pieces: Sequence[Piece], lengths: Tensor, width: int) -> None:
-        """A forward of `width` columns is about to run on rows of these lengths, int32 [layers, batch, kv_heads]."""
+    def before(self, pieces: Sequence[Piece], lengths: Tensor, width: int, evicts: bool) -> None:
+        """A forward of `width` columns is about to run on rows of these lengths, int32 [layers, batch, kv_heads];
+        evicts: some of them may lose entries."""
         counts = [p.new + p.peek for p in pieces]
-        if len(set(counts)) == 1:  # every step of a batch that goes on together
-            self.area.add_(lengths, alpha=counts[0])
-            now = lengths + counts[0] * self.reads
-        else:
-            n = to_device(torch.tensor(counts)[:, None], self.area.device)
-            self.area += lengths * n
-            now = lengths + n * self.reads
-        # A row that gets nothing stands at no more than its latest forward did.
-        torch.maximum(self.widest, now, out=self.widest)
-        torch.maximum(self.widest_sum, now.sum((0, 2)), out=self.widest_sum)
+        self.tally.before(counts, lengths, not evicts and all(p.step and p.new == 1 for p in pieces))
         for b, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
             self.tokens[b] += piece.new
             self.triangles[b] += count * (count + 1) // 2
@@ -98,9 +84,7 @@ class Run:
 
     def select(self, sequences: Sequence[int]) -> None:
         """Sequence i becomes what `sequences[i]` was, its account with it. Call when the store has it so."""
-        index = torch.tensor(sequences, device=self.area.device)
-        self.area, self.widest = (t.index_select(1, index) for t in (self.area, self.widest))
-        self.widest_sum = self.widest_sum[index]
+        self.tally.select(sequences)
         self.triangles, self.tokens = ([counts[b] for b in sequences] for counts in (self.triangles, self.tokens))
         self.batch = len(sequences)
         self.bytes_peak = max(self.bytes_peak, self.store.bytes_allocated() + self.store.transient)
@@ -108,8 +92,7 @@ class Run:
 
     def take_over(self, runs: Sequence[Run]) -> None:
         """The accounts of these caches, whose sequences this one now holds, in order."""
-        self.area, self.widest = (torch.cat([getattr(r, name) for r in runs], 1) for name in ("area", "widest"))
-        self.widest_sum = torch.cat([r.widest_sum for r in runs])
+        self.tally.take_over([r.tally for r in runs])
         self.triangles, self.tokens = [n for r in runs for n in r.triangles], [n for r in runs for n in r.tokens]
         for name in ("prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"):
             setattr(self, name, sum(getattr(r, name) for r in runs))
@@ -117,6 +100,7 @@ class Run:
 
     def take_back(self, b: int, tokens: int, steps: int) -> None:
         """A sequence has lost its newest tokens, of which so many were steps; what they cost stays."""
+        self.tally.settle()
         self.tokens[b] -= tokens
         # A restored cache, or what was selected, may hold tokens that no forward of this account has brought.
         self.decode_tokens = max(0, self.decode_tokens - steps)
@@ -175,15 +159,16 @@ class Run:
     def numbers(self) -> dict[str, object]:
         """The figures of the report, in its keys. `lengths` is that of the first sequence; ratios are means over
         sequences of each one's own ratio, `by_head` [layer][KV head]."""
-        total = torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
+        tally, total = self.tally, torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
+        tally.settle()
         heads = self.plan.facts.layers * self.plan.facts.kv_heads
-        triangles = torch.tensor(self.triangles)[:, None] * self.reads.cpu()
-        spent = (self.area.cpu() + triangles) / (total * (total + 1) / 2)[:, None]
+        triangles = torch.tensor(self.triangles)[:, None] * tally.reads.cpu()
+        spent = (tally.area.cpu() + triangles) / (total * (total + 1) / 2)[:, None]
         return {
             "footprint": float(spent.mean()),
-            "peak": float((self.widest_sum.cpu() / (heads * total)).mean()),
+            "peak": float((tally.widest_sum.cpu() / (heads * total)).mean()),
             "footprint_by_head": spent.mean(1).tolist(),
-            "peak_by_head": (self.widest.cpu() / total[:, None]).mean(1).tolist(),
+            "peak_by_head": (tally.widest.cpu() / total[:, None]).mean(1).tolist(),
             "prefill_seconds": self.prefill_seconds,
             "decode_tokens_per_second": self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0,
             **(self._memory() if self._closed is None else self._closed),

@@ -27,11 +27,12 @@ from kvcompile.kernels.layout import write
 from kvcompile.kernels.learned import fingerprint
 from kvcompile.kernels.marks import drops, layout_of
 from kvcompile.kernels.plan import PolicyPlan
+from kvcompile.pages import PagedStore
 from kvcompile.placement import local
 from kvcompile.sealed import Found, Part, memory, put, take
 from kvcompile.sequences import Piece, Progress
 from kvcompile.spans import Spans, table_bytes
-from kvcompile.store import PagedStore
+from kvcompile.tally import SUMS
 
 FORMAT = 1
 HEAD = "kvcompile"  # the header's entry that describes a cache
@@ -259,6 +260,7 @@ def _shapes(plan: PolicyPlan, head: Mapping[str, Any], entries: list[int]) -> di
 def _parts(cache: KvCache) -> list[Part]:
     """Every tensor of a cache, its rows' entries side by side in the order of their rows."""
     plan, store, run = cache.plan, cache.store, cache.run
+    run.tally.settle()
     lengths = store.lengths().cpu().contiguous()
     head = {"batch": cache.batch, "sequences": cache.sequences.each}
     shapes = _shapes(plan, head, lengths.sum((1, 2)).tolist())
@@ -267,9 +269,7 @@ def _parts(cache: KvCache) -> list[Part]:
         "ring": store.ring,
         "scalar": store.scalar,
         "picked": store.picked[..., : shapes["picked"].shape[3]],
-        "area": run.area,
-        "widest": run.widest,
-        "widest_sum": run.widest_sum,
+        **{name: getattr(run.tally, name) for name in SUMS},
     }
 
     def of_layer(layer: int, name: str) -> Tensor:
@@ -339,7 +339,7 @@ def _check_values(tensors: Mapping[str, Tensor], plan: PolicyPlan, head: Mapping
     chosen = tensors["picked"]
     if bool(((chosen < -1) | (chosen >= 1 << plan.facts.group)).any()):
         raise _odd(path, "what layers have chosen is marked for query heads that the model does not have")
-    if any(bool((tensors[name] < 0).any()) for name in ("area", "widest", "widest_sum")):
+    if any(bool((tensors[name] < 0).any()) for name in SUMS):
         raise _odd(path, "its account is negative")
 
 
@@ -386,5 +386,5 @@ def _fill(cache: KvCache, head: Mapping[str, Any], tensors: Mapping[str, Tensor]
     store.ring.copy_(tensors["ring"])
     store.scalar.copy_(tensors["scalar"])
     run.tokens, run.triangles = list(head["tokens"]), list(head["triangles"])
-    for name in ("area", "widest", "widest_sum"):
-        getattr(run, name).copy_(tensors[name])
+    for name in SUMS:
+        getattr(run.tally, name).copy_(tensors[name])

@@ -76,8 +76,10 @@ class Sequences:
         self._lasting = [_lasts(plan, read, rule) for read in plan.reads for rule in read.rules]
         self._holds = any(read.holds for read in plan.reads)
         self._newest = [max((_newest(s) for s in query_sources(cls)), default=0) for cls in plan.classes]
+        self._idle = not plan.evicts_in_step and not plan.reads  # in steps, which most policies do nothing in
         self._asked = asked_of(plan)
         self._latest: tuple[object, list[tuple[int, ...]]] = None, []
+        self._counted: tuple[list[list[tuple[int, ...]]], Tensor] | None = None  # the latest counts, and as a tensor
 
     def begin_prefill(self, new: list[int]) -> None:
         """A prefill of so many tokens per sequence starts; `prompt` is from now on what it will be."""
@@ -93,10 +95,12 @@ class Sequences:
             clock.append((piece.new, piece.peek, seq.seen, seq.prompt, step, int(piece.ends)))
             scalars = {"prompt": seq.prompt, "now": max(seq.seen + piece.new - 1, 0), "chunk": piece.new, "step": step}
             per_sequence.append(self._numbers({name: scalars[name] for name in self._asked}, seq.shares))
-        counts = torch.tensor(per_sequence, dtype=torch.int64)
-        shape = (self.plan.facts.layers, len(self.plan.counts) + len(self.plan.shares), len(pieces))
-        counts = counts.permute(2, 1, 0).contiguous() if counts.numel() else counts.new_zeros(shape)
-        return torch.tensor(clock, dtype=torch.int64), counts
+        if self._counted is None or self._counted[0] != per_sequence:
+            counts = torch.tensor(per_sequence, dtype=torch.int64)
+            shape = (self.plan.facts.layers, len(self.plan.counts) + len(self.plan.shares), len(pieces))
+            counts = counts.permute(2, 1, 0).contiguous() if counts.numel() else counts.new_zeros(shape)
+            self._counted = per_sequence, counts
+        return torch.tensor(clock, dtype=torch.int64), self._counted[1]
 
     def _numbers(self, scalars: dict[str, int], measured: dict[int, tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The counts of every layer and its parts of shares; most policies ask for the same ones step after step."""
@@ -113,12 +117,14 @@ class Sequences:
             if piece.ends:
                 seq.shares = {index: tuple(layer[b] for layer in found[index]) for index in measured}
 
-    def fires(self, pieces: list[Piece], lengths: Tensor | None) -> Tensor:
-        """Which class decides in which sequence and by which triggers, uint8 [classes + rules, batch], as in `Site`.
+    def fires(self, pieces: list[Piece], lengths: Tensor | None) -> list[list[int]]:
+        """Which class decides in which sequence and by which triggers, [classes + rules][batch], as in `Site.fires`.
 
         `lengths` int32 [layers, batch, kv_heads] before the forward is asked for only by `full(n)`.
         """
         out = [[0] * len(pieces) for _ in self.plan.classes]
+        if self._idle and all(piece.step for piece in pieces):
+            return out
         held = None if lengths is None else longest(self.plan, lengths, self._rows)
         for c, cls in enumerate(self.plan.classes):
             if cls.keeps_all:
@@ -132,7 +138,7 @@ class Sequences:
                 seq = self.each[b]
                 if set(fired) - {SLIDES} and seq.lost > max(0, seq.seen + piece.new - self._newest[c]):
                     raise KvCompileError(_missing(cls.name, b, seq, self._newest[c]))
-        return torch.tensor(out + self._rules(pieces), dtype=torch.uint8)
+        return out + self._rules(pieces)
 
     def _rules(self, pieces: list[Piece]) -> list[list[int]]:
         """Which rule of `plan.reads` fires in which sequence, line by line; a draft's tokens are steps."""
@@ -191,9 +197,8 @@ class Sequences:
         unit = self.plan.unit(name)
         return max(0, (seen - unit.offset) // unit.size)
 
-    def advance(self, pieces: list[Piece], fires: Tensor) -> None:
-        """The forward is done: lengths, steps and what has been judged move on."""
-        fired = fires.tolist()
+    def advance(self, pieces: list[Piece], fired: list[list[int]]) -> None:
+        """The forward is done, in which this was firing: lengths, steps and what has been judged move on."""
         for b, (seq, piece) in enumerate(zip(self.each, pieces, strict=True)):
             seq.seen += piece.new
             seq.steps += piece.new * piece.step

@@ -1,6 +1,6 @@
 """The memory behind a cache: pools, tables and lengths of all layers, reserved by the host between forwards.
 
-`ExtentStore` (CPU) has one pool per layer and a growable stretch of slots per row; `PagedStore` (GPU)
+`extents.ExtentStore` (CPU) has one pool per layer and a growable stretch of slots per row; `pages.PagedStore` (GPU)
 one pool of pages for all layers. Both hand out `layout.Site` lists and count the bytes they really hold.
 """
 
@@ -15,16 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.extent import SLACK, extent
-from kvcompile.kernels.layout import Clock, Site, repack
+from kvcompile.kernels.layout import Clock, Site
 from kvcompile.kernels.marks import layout_of
 from kvcompile.kernels.plan import PolicyPlan
-from kvcompile.kernels.triton_backend.pools import refuse_overrun
-from kvcompile.limits import UNLIMITED, CacheFull, allocated
-from kvcompile.sharing import Shared
+from kvcompile.limits import UNLIMITED, allocated
 from kvcompile.spans import Spans, tables_of
 
 POOLS = ("k", "v", "pos", "frozen", "state")
+_PARTS = frozenset({*Site._fields, "layers", "pools"})  # what sites are made of
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -56,6 +54,9 @@ class Pools:
 
 class Store:
     """What both layouts share: per-row lengths, the ring of newest queries, the numbers of a forward."""
+
+    _sites: list[Site] | None  # as they are now, if they were asked for
+    _beside: int | None  # bytes beside the pools, likewise
 
     def __init__(
         self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device, sinks: Tensor | None = None
@@ -100,8 +101,10 @@ class Store:
     @property
     def beside_bytes(self) -> int:
         """What stands beside the pools: newest queries, numbers of rows, choices, RoPE tables, landmarks."""
-        beside = (self.ring, self.scalar, self.picked, self.rope, self.marks, self.edges, self.marked)
-        return sum(t.untyped_storage().nbytes() for t in (*beside, self.segment, self.links)) + self._claimed
+        if self._beside is None:
+            beside = (self.ring, self.scalar, self.picked, self.rope, self.marks, self.edges, self.marked)
+            self._beside = sum(t.untyped_storage().nbytes() for t in (*beside, self.segment, self.links))
+        return self._beside + self._claimed
 
     @contextlib.contextmanager
     def claimed(self, sequences: int) -> Iterator[None]:
@@ -119,6 +122,8 @@ class Store:
 
         CacheFull, and nothing has changed, without room for them.
         """
+        if not self.plan.picks and not self.landmarks.count:
+            return
         shapes = self._covering(positions)
         if not shapes:
             return
@@ -192,254 +197,18 @@ class Store:
         return allocated(lambda: Pools(self.plan, slots, self.dtype, self.device), size)
 
     def sites(self) -> list[Site]:
-        return [self.site(layer) for layer in range(self.plan.facts.layers)]
+        """The sites of all layers; the same ones from forward to forward, as long as nothing moves."""
+        if self._sites is None:
+            self._sites = [self.site(layer) for layer in range(self.plan.facts.layers)]
+        return self._sites
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _PARTS:  # and nothing of it is changed in place; sites must not keep alive what has been replaced
+            vars(self).update(_sites=None, _beside=None)
+        super().__setattr__(name, value)
 
     def positions(self, layer: int, b: int) -> list[Tensor]:
         """Resident original positions of each KV head, sorted, int64."""
         site, kv_heads = self.site(layer), self.plan.facts.kv_heads
         rows = range(site.base(kv_heads) + b * kv_heads, site.base(kv_heads) + (b + 1) * kv_heads)
         return [site.pos[site.slots(r, 0, int(site.length[r]))].long().sort().values for r in rows]
-
-
-class ExtentStore(Store):
-    """One pool per layer; a row's entries lie side by side, so that attention reads them in place."""
-
-    def __init__(
-        self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device, sinks: Tensor | None = None
-    ) -> None:
-        super().__init__(plan, batch, dtype, device, sinks)
-        layers = plan.facts.layers
-        self.table = torch.zeros(layers, self.rows, 2, dtype=torch.int64, device=device)
-        self.top = torch.zeros(layers, 1, dtype=torch.int64, device=device)
-        self.free = torch.zeros(0, dtype=torch.int32, device=device)
-        self.pools = [Pools(plan, 0, dtype, device) for _ in range(layers)]
-        self._room = 0  # steps for which every row surely has room; 0: not known
-
-    def site(self, layer: int) -> Site:
-        pool = self.pools[layer]
-        return Site(
-            self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length[layer],
-            self.table[layer], self.free, self.top[layer], self.queries(layer), self.clock, self.counts, self.fires,
-            self.scalar[:, layer], self.picked, self.rope, self.reach, self.sink, self.marks, self.edges, self.marked,
-            self.segment, self.links,
-        )  # fmt: skip
-
-    def reserve(self, layer: int, bounds: list[int]) -> None:
-        """Make the layer's pool large enough for rows of so many entries (their sum is what counts)."""
-        self._room = 0
-        if layer in self.plan.off:
-            return
-        slots = sum(extent(b) for b in bounds)
-        lengths = self.length[layer].tolist()
-        slots = max(slots, sum(extent(n) for n in lengths if n))
-        if slots > self.pools[layer].slots:
-            self.resize(layer, slots)
-
-    def reserve_step(self, active: Tensor) -> None:
-        """Room for one more entry in every row of the active sequences, bool [batch]."""
-        if self._room > 0:  # a step adds one entry a row
-            self._room -= 1
-            return
-        live = list(self.lines)
-        room = (self.table[:, :, 1] - self.length)[live]
-        self._room = int(room.min()) - 1
-        if self._room >= 0:
-            return
-        full = (room <= 0) & active.repeat_interleave(self.plan.facts.kv_heads)
-        if not bool(full.any()):
-            return
-        for layer in (live[i] for i in full.any(1).nonzero().flatten().tolist()):
-            need = [extent(n) for n in self.length[layer].tolist()]
-            if sum(need) > self.pools[layer].slots:
-                self.resize(layer, sum(need))
-            repack(self.site(layer), dict(enumerate(need)))
-
-    def reserve_more(self, new: list[int]) -> None:
-        """Room for so many more entries in every row of each sequence."""
-        kv_heads = self.plan.facts.kv_heads
-        for layer, lengths in enumerate(self.length.tolist()):
-            self.reserve(layer, [n + new[row // kv_heads] for row, n in enumerate(lengths)])
-
-    def settle(self) -> None:
-        """After entries went: rows that shrank leave room to others, layers that evicted most give memory back."""
-        self._room = 0
-        loose = self.table[:, :, 1] - self.length > self.length // 32 + 2 * SLACK
-        for layer, row in loose.nonzero().tolist():
-            self.table[layer, row, 1] = extent(int(self.length[layer, row]))
-        most = 0
-        for layer, entries in enumerate(self.length.sum(1).tolist()):
-            if self.pools[layer].slots > 2 * (entries + entries // 32 + self.rows * SLACK):
-                slots = sum(extent(n) for n in self.length[layer].tolist() if n)
-                most = max(most, self.bytes_allocated() + slots * self.slot_bytes)
-                with contextlib.suppress(CacheFull):  # to give memory back is no duty
-                    self.resize(layer, slots)
-        self.transient = max(self.transient, most - self.bytes_allocated())
-
-    def resize(self, layer: int, slots: int) -> None:
-        old, lengths = self.site(layer), self.length[layer].tolist()
-        new = self.new_pools(slots)
-        self.transient = max(self.transient, self.pools[layer].nbytes)
-        self.pools[layer] = new
-        tail = 0
-        for row, n in enumerate(lengths):
-            start = int(self.table[layer, row, 0])
-            for name in POOLS[:-1]:
-                getattr(new, name)[tail : tail + n] = getattr(old, name)[start : start + n]
-            new.state[:, tail : tail + n] = old.state[:, start : start + n]
-            capacity = min(extent(n), slots - tail) if n else 0
-            self.table[layer, row, 0], self.table[layer, row, 1] = tail, capacity
-            tail += capacity
-        self.top[layer] = tail
-
-    def bytes_resident(self) -> int:
-        """Bytes of the extents that rows hold, unused room at their ends included, and of what stands beside them."""
-        return int(self.table[:, :, 1].sum()) * self.slot_bytes + self.beside_bytes
-
-    def bytes_allocated(self) -> int:
-        return sum(pool.nbytes for pool in self.pools) + self.beside_bytes
-
-
-class PagedStore(Store):
-    """One pool of pages for all layers, a stack of free pages, a table of pages per row."""
-
-    def __init__(
-        self, plan: PolicyPlan, batch: int, dtype: torch.dtype, device: torch.device, sinks: Tensor | None = None
-    ) -> None:
-        super().__init__(plan, batch, dtype, device, sinks)
-        rows = plan.facts.layers * self.rows
-        self.length = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.upper = torch.zeros(rows, dtype=torch.int64)  # what the host knows: no row is longer
-        self.holds = torch.tensor([layer not in plan.off for layer in range(plan.facts.layers)])
-        # Two pages at least: a graph would take a size of one for a constant.
-        self.table = torch.zeros(rows, 2, dtype=torch.int32, device=device)
-        self.free = torch.zeros(1, dtype=torch.int32, device=device)
-        self.top = torch.ones(1, dtype=torch.int32, device=device)
-        self.pools = Pools(plan, plan.page, dtype, device)
-        self.shared = Shared.none(rows)
-
-    def site(self, layer: int) -> Site:
-        pool = self.pools
-        return Site(
-            self.layers[layer], pool.k, pool.v, pool.pos, pool.frozen, pool.state, self.length,
-            self.table, self.free, self.top, self.queries(layer), self.clock, self.counts, self.fires,
-            self.scalar.flatten(1), self.picked, self.rope, self.reach, self.sink, self.marks, self.edges, self.marked,
-            self.segment, self.links,
-        )  # fmt: skip
-
-    def reserve(self, layer: int, bounds: list[int]) -> None:
-        """Let the layer's rows grow to these bounds; call `commit` once all layers are said."""
-        base = layer * self.rows
-        if layer in self.plan.off:
-            return
-        self.upper[base : base + self.rows] = torch.tensor(bounds)
-
-    def commit(self) -> None:
-        """Grow pool and table to hold every row at its bound; where heads compete, with a spare page per row."""
-        pages, widest = self.pages_for(self.upper)
-        if widest > self.table.shape[1]:
-            extra = self.table.new_zeros(self.table.shape[0], widest - self.table.shape[1])
-            self.table = torch.cat([self.table, extra], 1)
-        if pages > self.free.shape[0]:
-            self._grow(pages)
-
-    def admit(self, upper: Tensor, shared: Shared) -> None:
-        """Room for rows of at most so many entries that share these pages; CacheFull, and nothing has changed."""
-        former = self.upper, self.shared
-        self.upper, self.shared = upper, shared
-        try:
-            self.commit()
-        except CacheFull:
-            self.upper, self.shared = former
-            raise
-
-    def pages_for(self, upper: Tensor) -> tuple[int, int]:
-        """Pages for rows of at most so many entries, int64 [rows], and the most of one row."""
-        page = self.plan.page
-        selections = [t for c in self.plan.classes for t in c.selections]
-        heads = self.plan.facts.kv_heads if any(t.scope == "across" for t in selections) else 1
-        layers = self.plan.facts.layers if any(t.layers == "across" for t in selections) else 1
-        uneven = heads * layers > 1
-        room = (upper + 1 + self.ahead).view(len(self.holds), -1)[self.holds].flatten()
-        pages = int((-(-room // page)).sum()) + uneven * len(room) - self.shared.saved
-        return pages, -(-int(room.max()) // page) * heads * layers
-
-    def reserve_step(self, active: Tensor) -> None:
-        """Room for one more entry in every row; reads lengths from the device only when the bound runs out."""
-        step = self._in_all_layers(active.long().cpu())
-        bound = self.upper + step
-        page = self.plan.page
-        pages = int((-(-bound // page)).sum()) - self.shared.saved
-        if pages > self.free.shape[0] or int(bound.max()) > self.table.shape[1] * page:
-            refuse_overrun(self.site(0))
-            bound = self.length.long().cpu() + step
-            # Room for a while, so that growth is as rare as in the other layout.
-            self.upper = bound + (bound // 32).clamp(min=page)
-            self.commit()
-        self.upper = bound
-
-    def reserve_more(self, new: list[int]) -> None:
-        """Room for so many more entries in every row of each sequence."""
-        self.admit(self.upper + self._in_all_layers(torch.tensor(new)), self.shared)
-
-    def _in_all_layers(self, new: Tensor) -> Tensor:
-        """Entries that sequences bring, int64 [batch], as entries that rows take in, int64 [rows]."""
-        return (self.holds[:, None] * new.repeat_interleave(self.plan.facts.kv_heads)).flatten()
-
-    def separate(self, fires: Tensor, new: list[int], step: bool) -> None:
-        """Rows that a forward writes to, other than behind their entries, get pages of their own first.
-
-        fires: as in `Site.fires`, on the host; new: tokens that each sequence brings.
-        """
-        if not self.shared.saved:
-            return
-        owner = torch.tensor(self.plan.class_of)
-        rows = torch.zeros(owner.shape[0], self.batch, owner.shape[1], dtype=torch.bool)
-        for c, cls in enumerate(self.plan.classes):
-            # Scores that wait for the last layer are noted in the states of a whole row, whoever decides.
-            writes = fires[c] != 0 if step or not self.plan.spans(c) else torch.tensor(new) > 0
-            rows |= (owner == (c if cls.rows_of is None else cls.rows_of))[:, None] & writes[:, None]
-        self.own(rows.flatten())
-
-    def own(self, rows: Tensor) -> None:
-        """Copy what these rows, bool [rows] on the host, share with others; nothing is read back from the device."""
-        shared = self.shared.copy()
-        row, place, page = shared.leave(rows)
-        self.admit(self.upper, shared)
-        if not len(page):
-            return
-        row, place, page = (to_device(t, self.device) for t in (row, place, page))
-        fresh = self.free[self.top.long() - 1 - torch.arange(len(page), device=self.device)]
-        self.top.sub_(len(page))
-        self.copy_pages(page, fresh.long())
-        self.table[row, place] = fresh
-
-    def copy_pages(self, source: Tensor, target: Tensor) -> None:
-        """Pages onto others of the pool, int64 [n] each."""
-        page = self.plan.page
-        for name in POOLS[:-1]:
-            pages = getattr(self.pools, name).unflatten(0, (-1, page))
-            pages[target] = pages[source]
-        state = self.pools.state.unflatten(1, (-1, page))
-        state[:, target] = state[:, source]
-
-    def settle(self) -> None:
-        """Pages went back to the free stack when they fell empty; the pool itself stays for the rows to come."""
-
-    def _grow(self, pages: int) -> None:
-        page, old_pages = self.plan.page, self.free.shape[0]
-        old, self.pools = self.pools, self.new_pools(pages * page)
-        self.transient = max(self.transient, old.nbytes)
-        for name in POOLS[:-1]:
-            getattr(self.pools, name)[: old.slots] = getattr(old, name)
-        self.pools.state[:, : old.slots] = old.state
-        added = torch.arange(old_pages, pages, dtype=torch.int32, device=self.device)
-        top = int(self.top)
-        self.free = torch.cat([self.free[:top], added, self.free.new_zeros(old_pages - top)])
-        self.top = self.top + (pages - old_pages)
-
-    def bytes_resident(self) -> int:
-        """Bytes of the pages that rows hold, unused room at their ends included, and of what stands beside them."""
-        return (self.free.shape[0] - int(self.top)) * self.plan.page * self.slot_bytes + self.beside_bytes
-
-    def bytes_allocated(self) -> int:
-        return self.pools.nbytes + self.beside_bytes

@@ -14,7 +14,7 @@ from measuring import Bench, Cell, Figures, Part
 
 import kvcompile
 from kvcompile.cache import KvCache
-from kvcompile.store import PagedStore
+from kvcompile.pages import PagedStore
 
 SHORT = 8  # tokens of the prompt that makes the cache
 

@@ -58,7 +58,7 @@ def site_of(rows: Rows, tokens: int, piece: Piece, seen: int) -> Any:
     for each in sequences.each:
         each.seen, each.prompt, each.prefilled = seen, max(seen, tokens), piece.step
     clock, counts = sequences.numbers([piece] * rows.batch)
-    fires = sequences.fires([piece] * rows.batch, None)
+    fires = torch.tensor(sequences.fires([piece] * rows.batch, None), dtype=torch.uint8)
     kept = layout.count, rows.batch, layout.blocks(tokens + 1)
     dtype = getattr(torch, str(layout.dtype).removeprefix("torch."))
     pools = {

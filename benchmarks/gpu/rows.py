@@ -112,7 +112,7 @@ class Rows:
             each.prefilled = True
         pieces = [Piece(1, step=True)] * self.batch
         _, counts = sequences.numbers(pieces)
-        fires = sequences.fires(pieces, None)[cls]
+        fires = torch.tensor(sequences.fires(pieces, None)[cls], dtype=torch.uint8)
         numbers = {"counts": counts, "fires": fires, "now": self.now - 1, "prompt": self.now - 1}
         return step, {name: value.to(at.device) for name, value in numbers.items()}
 

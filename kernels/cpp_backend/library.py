@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from kvcompile.kernels import cache_folder
-from kvcompile.kernels.choose import specs_for
+from kvcompile.kernels.choose import project_spec, specs_for
 from kvcompile.kernels.choose_reads import read_specs
 from kvcompile.kernels.contexts_cpp import context
 from kvcompile.kernels.cpp_backend.build import NoUsableCompiler, build_all, load, tell
@@ -50,7 +50,7 @@ def write_cpp(plan: PolicyPlan, place: Path | None = None, sizes: Sizes | None =
 
 
 def _specs(plan: PolicyPlan) -> tuple[KernelSpec, ...]:
-    return tuple(dict.fromkeys([*specs_for(plan), *read_specs(plan)]))
+    return tuple(dict.fromkeys([*specs_for(plan), *read_specs(plan), project_spec(plan)]))
 
 
 def built() -> Path:

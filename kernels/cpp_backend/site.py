@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from typing import cast
 
 from kvcompile.kernels.layout import Site
 
 _POINTERS = ("k", "v", "pos", "frozen", "state", "length", "table", "ring", "clock", "counts", "fires")
 _NUMBERS = ("slots", "batch", "kv_heads", "window", "numbers", "layer")
+_KEPT = "cpp"  # of a site's own attributes
 
 
 class CSite(ctypes.Structure):
@@ -22,8 +24,12 @@ def layer_of(site: Site) -> int:
 
 
 def c_site(site: Site, kv_heads: int) -> CSite:
-    """The site's addresses now; a pool that grows or moves makes them stale, so they serve one call."""
-    numbers = (
-        site.k.shape[0], site.clock.shape[0], kv_heads, site.ring.shape[2], site.counts.shape[1], layer_of(site)
-    )  # fmt: skip
-    return CSite(*(getattr(site, name).data_ptr() for name in _POINTERS), *numbers)
+    """The site's addresses, kept with it: to look up each tensor anew costs more than a small layer's attention."""
+    found = vars(site).get(_KEPT)
+    if found is None:
+        numbers = (
+            site.k.shape[0], site.clock.shape[0], kv_heads, site.ring.shape[2], site.counts.shape[1], layer_of(site)
+        )  # fmt: skip
+        found = CSite(*(getattr(site, name).data_ptr() for name in _POINTERS), *numbers)
+        vars(site)[_KEPT] = found
+    return cast(CSite, found)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import ops
 from kvcompile.kernels.layout import Site
 from kvcompile.kernels.plan import PolicyPlan
 from kvcompile.sequences import Piece, Sequences
-from kvcompile.store import ExtentStore
 
 Forward = list[Piece]  # of each sequence its piece
 Drawn = tuple[Tensor, Tensor, Tensor]
@@ -68,7 +68,7 @@ class Run:
         if all(piece.step for piece in forward):
             store.reserve_step(torch.ones(len(forward), dtype=torch.bool))
         for target, source in ((store.clock, clock), (store.counts, counts), (store.fires, fires)):
-            target.copy_(source)
+            target.copy_(torch.as_tensor(source))
         phase = "step" if all(piece.step for piece in forward) else "chunk"
         return "prefill.end" if any(piece.ends for piece in forward) else phase
 
@@ -78,5 +78,5 @@ class Run:
         fires = self.store.fires.clone()
         scale = self.plan.facts.head_dim**-0.5
         out: Tensor = torch.ops.kvc.anchor_v1(*tensors, list(self.site), scale, phase, self.key)
-        self.sequences.advance(forward, fires)
+        self.sequences.advance(forward, fires.tolist())
         return out

@@ -186,7 +186,7 @@ def test_landmarks_are_those_of_the_definition(text: str) -> None:
         truth = site._replace(**{name: getattr(site, name).clone() for name in ("marks", "edges", "marked")})
         landmarks.refresh(plan, truth, *piece)
         torch.ops.kvc.anchor_v1(*tensors, list(run.site), plan.facts.head_dim**-0.5, fires[0], run.key)
-        run.sequences.advance(forward, fires[1])
+        run.sequences.advance(forward, fires[1].tolist())
         assert torch.equal(run.site.marked, truth.marked)
         for kind_index, kind in enumerate(layout_of(plan).kinds):
             for reader in range(len(truth.marked)):

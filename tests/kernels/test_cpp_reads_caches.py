@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompile import moving
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import ops
 from kvcompile.kernels.cpp_backend.backend import Cpp
 from kvcompile.kernels.cpp_backend.build import says_why_not
@@ -17,7 +18,6 @@ from kvcompile.kernels.marks import dense_below, layout_of
 from kvcompile.kernels.plan import ModelFacts, PolicyPlan
 from kvcompile.passes import compile_policy
 from kvcompile.sequences import Piece
-from kvcompile.store import ExtentStore
 from tests.kernels.cpp_reading import Counted
 from tests.kernels.layer_run import Run, drawn, forwards
 from tests.kernels.test_cpp_reads import EVICTED, FACTS, POLICIES

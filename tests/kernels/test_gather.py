@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels.gather import Fresh, gather_queries, gather_rows, with_queries
 from kvcompile.kernels.layout import write
 from kvcompile.kernels.plan import (
@@ -21,7 +22,7 @@ from kvcompile.kernels.plan import (
     StatePlan,
     Trigger,
 )
-from kvcompile.store import ExtentStore, PagedStore
+from kvcompile.pages import PagedStore
 from tests.kernels.test_evaluate import draw, value
 from tests.kernels.triton_interpreted.plans import binary, const, named
 

@@ -18,7 +18,7 @@ from typing import get_args
 
 import pytest
 
-from kvcompile.kernels.choose import specs_for
+from kvcompile.kernels.choose import project_spec, specs_for
 from kvcompile.kernels.choose_listed import listed_specs
 from kvcompile.kernels.choose_reads import read_specs
 from kvcompile.kernels.headers import header_for
@@ -55,7 +55,8 @@ def specs(plan: PolicyPlan, target: Target) -> list[KernelSpec]:
     windows = EVERY.windows + (0,) * (plan.facts.layers - EVERY.layers)
     other = slide(replace(plan, facts=replace(EVERY, layers=plan.facts.layers, windows=windows)))
     of = listed_specs if target == "triton" else read_specs
-    return list(dict.fromkeys([*specs_for(plan), *specs_for(other, "fp16"), *of(plan), *of(other)]))
+    beside = [project_spec(plan)] if target == "cpp" else []
+    return list(dict.fromkeys([*specs_for(plan), *specs_for(other, "fp16"), *of(plan), *of(other), *beside]))
 
 
 def texts(target: Target, place: Path, names: tuple[str, ...]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import kvcompile
 from kvcompile import reserve
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import evict, span
 from kvcompile.kernels.layout import Clock, Site, write
 from kvcompile.kernels.plan import (
@@ -29,8 +30,8 @@ from kvcompile.kernels.plan import (
     Trigger,
 )
 from kvcompile.kernels.shares import by_cover, by_softmax
+from kvcompile.pages import PagedStore
 from kvcompile.sequences import Piece, Sequences
-from kvcompile.store import ExtentStore, PagedStore
 from tests.driving import drive, one_by_one
 from tests.models import random_model, tokens
 
@@ -102,13 +103,13 @@ def test_each_condition_has_a_bit_of_its_own_and_the_unconditioned_share_one() -
     sequences = Sequences(plan, 2)
     sequences.begin_prefill([3, 3])
     pieces = [Piece(3, ends=True), Piece(2)]
-    assert sequences.fires(pieces, None).tolist() == [[1 | 4, 4]]
+    assert sequences.fires(pieces, None) == [[1 | 4, 4]]
     sequences.advance(pieces, sequences.fires(pieces, None))
     steps = [Piece(1, step=True), Piece(0)]
     fired = []
     for _ in range(4):
         fires = sequences.fires(steps, None)
-        fired.append(fires.tolist())
+        fired.append(fires)
         sequences.advance(steps, fires)
     assert fired == [[[5, 0]], [[7, 0]], [[5, 0]], [[7, 0]]]
     with pytest.raises(kvcompile.KvCompileError, match="six"):
@@ -124,7 +125,7 @@ def test_filled_counts_from_the_last_decision_of_any_trigger_and_over_prompts() 
         if piece.ends:
             sequences.begin_prefill([piece.new])
         fires = sequences.fires([piece], None)
-        fired.append(int(fires))
+        fired.append(fires[0][0])
         sequences.advance([piece], fires)
     #             3 in  4  5 in  1  2 in, 4th step  1 in  4 in  8 in
     assert fired == [0, 0, 1, 0, 1, 0, 0, 1]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import kvcompile
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import cpu, evict, gather
 from kvcompile.kernels.layout import make_room, write
 from kvcompile.kernels.plan import ClassPlan, ModelFacts, PolicyPlan
-from kvcompile.store import ExtentStore
 from tests.driving import BACKENDS, padded
 from tests.models import random_model, tokens
 

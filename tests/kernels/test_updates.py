@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import ops
 from kvcompile.kernels.errors import KvCompileError
 from kvcompile.kernels.plan import ClassPlan, Expr, ModelFacts, PolicyPlan, QuerySource, Region, StatePlan, Update
+from kvcompile.pages import PagedStore
 from kvcompile.sequences import Piece, Sequences
-from kvcompile.store import ExtentStore, PagedStore, Store
+from kvcompile.store import Store
 from tests.driving import examples
 from tests.kernels.test_noise import by_hand
 from tests.kernels.triton_interpreted.plans import ACC, attn, binary, const, named, reduce
@@ -246,7 +248,7 @@ class Layer:
             for side in zip(*parts, strict=True)
         ]
         torch.ops.kvc.anchor_v1(*padded, list(store.site(LAYER)), SCALE, phase, self.key)
-        self.sequences.advance(pieces, torch.zeros(1, len(pieces), dtype=torch.uint8))
+        self.sequences.advance(pieces, [[0] * len(pieces)])
 
     def states(self, b: int) -> list[list[dict[str, float]]]:
         site, out = self.store.site(LAYER), []

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import kvcompile
 from kvcompile import KvCache
+from kvcompile.pages import PagedStore
 from tests.driving import LIBRARY, Sizes, call, drive, examples, kept, one_by_one, padded, same, some_slow
 from tests.models import random_model, tokens
 
@@ -34,7 +35,7 @@ def step(model, cache, fed):
 def conserved(cache):
     """Pages: held by a row or free, each once; extents: inside of the pool and apart from each other."""
     store = cache.store
-    if hasattr(store, "pools") and not isinstance(store.pools, list):
+    if isinstance(store, PagedStore):
         held = torch.arange(store.table.shape[1]) < -(-store.length // store.plan.page)[:, None]
         pages = store.table[held].unique().tolist()
         free = store.free[: int(store.top)].tolist()

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 import kvcompile
 from kvcompile.compiled import Anchor, attention
+from kvcompile.extents import ExtentStore
 from kvcompile.kernels import ops
 from kvcompile.kernels.plan import ModelFacts
+from kvcompile.pages import PagedStore
 from kvcompile.passes import compile_policy
-from kvcompile.store import ExtentStore, PagedStore
 from tests.models import random_model
 from tests.parallel import generated
 

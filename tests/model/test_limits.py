@@ -7,8 +7,9 @@ import torch
 
 import kvcompile
 from kvcompile import CacheFull, KvCompileError, Spans
+from kvcompile.pages import PagedStore
 from kvcompile.spans import table_bytes
-from kvcompile.store import PagedStore, Pools
+from kvcompile.store import Pools
 from tests.models import random_model, tokens
 
 POLICIES = {

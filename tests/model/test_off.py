@@ -14,8 +14,8 @@ import kvcompile
 from kvcompile import KvCache
 from kvcompile.api import optimized
 from kvcompile.off import refuse_off
+from kvcompile.pages import PagedStore
 from kvcompile.passes.sites import find_sites
-from kvcompile.store import PagedStore
 from tests.driving import call, padded, same
 from tests.families import FAMILIES, family_model, prompt
 from tests.models import random_model, tokens

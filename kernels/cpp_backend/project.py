@@ -1,0 +1,58 @@
+"""Linear layers of a decode step by generated C++: out = x w' + bias, with each weight read once and by all threads.
+
+Takes what `torch.nn.functional.linear` takes; gives the same to rounding, or None where the library's own is to run:
+with many rows, small weights, one thread, or operands that C++ cannot read as they lie. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.choose import project_spec
+from kvcompile.kernels.contexts_cpp import FEW
+from kvcompile.kernels.cpp_backend.library import cpp_library
+from kvcompile.kernels.plan import PolicyPlan
+
+LEAST = 1 << 18  # bytes of weights from which on a second thread gains more than its call costs
+_address, _long = ctypes.c_void_p, ctypes.c_int64
+
+
+class Project:
+    """The kernel of one dtype, loaded."""
+
+    __slots__ = ("_call", "_dtype")
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        call: Any = library.project
+        call.argtypes = [_address] * 4 + [_long] * 3 + [ctypes.c_int]
+        call.restype = None
+        self._call, self._dtype = call, dtype
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x [..., columns], weight [lines, columns], bias [lines] or None; gives [..., lines] or None."""
+        lines, columns = weight.shape
+        rows, rest = divmod(x.numel(), columns)
+        threads = torch.get_num_threads()
+        if not 0 < rows <= FEW or rest or x.shape[-1] != columns or threads == 1:
+            return None
+        if not self._reads(weight) or not self._reads(x) or weight.nbytes < LEAST:
+            return None
+        if bias is not None and not self._reads(bias):
+            return None
+        out = x.new_empty((*x.shape[:-1], lines))
+        at = None if bias is None else bias.data_ptr()
+        self._call(x.data_ptr(), weight.data_ptr(), at, out.data_ptr(), rows, lines, columns, threads)
+        return out
+
+    def _reads(self, tensor: Tensor) -> bool:
+        return tensor.dtype is self._dtype and tensor.is_cpu and tensor.is_contiguous()
+
+
+def project_of(plan: PolicyPlan) -> Project | None:
+    """The kernel for a plan's dtype; None where it cannot be built here."""
+    library = cpp_library(plan).find(project_spec)
+    return None if library is None else Project(library, getattr(torch, plan.facts.dtype))
