@@ -56,11 +56,12 @@ def _step_tile(parts: Cut) -> Tile | None:
     return tile
 
 
-def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
+def decode_spec(plan: PolicyPlan, logits: str = "") -> KernelSpec:
     """Decode attention with what the policy's states and step scores take from it.
 
-    logits: how base-2 logits are kept between the launches, fp32 or fp16. Half the bytes (1.6 % of K and V
-    less at a group of 4 and head_dim 128), but fp16 moves a probability by up to 0.5 % where logits exceed 16.
+    logits: how base-2 logits are kept between the launches, fp32 or fp16; by default fp16 where keys are of half
+    precision. That is half the bytes (1.6 % of K and V less at a group of 4 and head_dim 128), and moves a probability
+    by up to 0.5 % where logits exceed 16, no more than rounding the keys themselves to 8 or 11 bits does.
     """
     reach.after_reads(plan)
     holes: dict[str, Hole] = {f"init {state.name}": reach.formula(state.init) for state in plan.states}
@@ -80,7 +81,7 @@ def decode_spec(plan: PolicyPlan, logits: str = "fp32") -> KernelSpec:
         | {
             "group": group,
             "group_pad": max(16, power_of_two(group)),
-            "logits": logits if any(not name.startswith("init") for name in holes) else "none",
+            "logits": (logits or _kept_as(plan)) if any(not name.startswith("init") for name in holes) else "none",
         }
     )
     tag = "_".join([*(s.name for s in plan.states if s.add is not None), *(["score"] if tiles else []), *sorted(given)])
@@ -97,6 +98,10 @@ def prefill_spec(plan: PolicyPlan, listed: int = 0) -> KernelSpec:
     facts = shape(plan) | defaults.prefill(plan.facts) | given | {"group": plan.facts.group, "page": plan.page}
     facts |= {"listed": listed} if listed else {}
     return made(KernelSpec.of("prefill", None, "_".join(sorted(given) + ["listed"] * bool(listed)), **facts))
+
+
+def _kept_as(plan: PolicyPlan) -> str:
+    return "fp32" if plan.facts.dtype == "float32" else "fp16"
 
 
 def project_spec(plan: PolicyPlan) -> KernelSpec:
@@ -341,7 +346,7 @@ def _after_a_piece(plan: PolicyPlan, index: int) -> Iterator[Make]:
         yield lambda t=term: (select_spec(plan, index, t),)  # type: ignore[misc]
 
 
-def specs_for(plan: PolicyPlan, logits: str = "fp32") -> tuple[KernelSpec, ...]:
+def specs_for(plan: PolicyPlan, logits: str = "") -> tuple[KernelSpec, ...]:
     """Every kernel that the policy needs and that has a Triton form, each once, names unique."""
     found: dict[KernelSpec, None] = {}
     for _, make in _places(plan, logits):
@@ -358,7 +363,7 @@ def _renamed(spec: KernelSpec) -> KernelSpec:
     return replace(spec, tag="_".join(part for part in (spec.tag, spec.digest()[:6]) if part))
 
 
-def unprintable(plan: PolicyPlan, logits: str = "fp32") -> tuple[str, ...]:
+def unprintable(plan: PolicyPlan, logits: str = "") -> tuple[str, ...]:
     """What `specs_for` had to leave out, each with its place and reason; empty: all of the policy runs on Triton."""
     reasons: dict[str, None] = {}
     for place, make in _places(plan, logits):

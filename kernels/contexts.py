@@ -94,6 +94,8 @@ def _decode(spec: KernelSpec) -> Context:
         "three": registers_of_three(spec),
         "state_loads": [(name, states.index(name)) for name in read],
         "updated": [states.index(name) for name in grown],
+        # Beyond fp16's range a logit would be infinite, and what is made of it NaN.
+        "kept": "tl.minimum(%s, 65504.0)" if spec.fact("logits") == "fp16" else "%s",
         "logits_dtype": {"none": "None", "fp32": "torch.float32", "fp16": "torch.float16"}[str(spec.fact("logits"))],
         "torch_updates": torch_holes,
         "torch_inits": [init_hole(name, formulas[f"init {name}"], TORCH) for name in states],

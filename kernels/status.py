@@ -70,7 +70,8 @@ def rows(plan: PolicyPlan, gpu: Gpu, batch: int = 1, tokens: int = 4096, build: 
 
 def missing(plan: PolicyPlan) -> tuple[Missing, ...]:
     """What has no kernel, with the reason."""
-    nowhere = unprintable(plan)  # without a spec there is no C++ either
+    # Without a spec there is no C++ either.
+    nowhere = tuple(what.replace("no Triton form", "no form") for what in unprintable(plan))
     on_gpu = (Missing(what, "triton", "the reference, in torch") for what in without_triton(plan))
     reads = (Missing(what, "c++", "the definition, in torch") for what in slow_reads(plan))
     on_cpu = (*(Missing(what, "c++", _in_place_of(what)) for what in (*nowhere, *without_cpp(plan))), *reads)

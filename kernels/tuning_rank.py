@@ -65,6 +65,9 @@ def launch_of(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes, config: Config) 
             )
             return Launch(traffic, lines, tile_bytes(spec, chosen))
         case "columns" | "keys":
+            # Queries come from memory once and lie in the cache for all programs of a row: no choice changes that.
+            streamed = tuple((name, size) for name, size in traffic.parts if name != "queries, each pass")
+            traffic = Traffic(streamed, traffic.launches, traffic.operations)
             return Launch(traffic, max(float(rows), rows * tokens / chosen["block_n"]), tile_bytes(spec, chosen))
         case "pack":
             return Launch(traffic, max(float(rows), rows * tokens / 1024), 32 * plan.facts.entry_bytes)

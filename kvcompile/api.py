@@ -1,7 +1,7 @@
 """`optimize`, `restore`, `use`: a Hugging Face model in, the same model out, its attention rewritten.
 
-Nothing global is patched: the model, its decoder layers and on the CPU their linear layers get a `forward` of their own,
-which `restore` takes away again.
+Nothing global is patched: the model, its decoder layers and on the CPU their linear layers get a `forward` of their
+own, which `restore` takes away again.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Store:
     @contextlib.contextmanager
     def claimed(self, sequences: int) -> Iterator[None]:
         """What stands beside so many more sequences counts in the block already. CacheFull without room for it."""
-        own = (self.ring, self.scalar, self.picked, self.marks, self.edges, self.marked)
+        own = (self.ring, self.scalar, self.picked, self.marks, self.edges, self.marked, self.segment, self.links)
         self._claimed = sequences * sum(t.nbytes for t in own) // self.batch
         try:
             self.limit.admit(self, self.bytes_allocated())

@@ -98,7 +98,7 @@ def test_the_digest_follows_facts_and_formulas_only() -> None:
     spec = decode_spec(h2o())
     assert spec.digest() == decode_spec(h2o()).digest() and len(spec.digest()) == 16
     assert spec.digest() != decode_spec(h2o(head_dim=64)).digest()
-    assert spec.digest() != decode_spec(h2o(), "fp16").digest()
+    assert spec.digest() == decode_spec(h2o(), "fp16").digest() != decode_spec(h2o(), "fp32").digest()
     changed = replace(h2o(), states=(replace(H2O, add=reduce("max", "g", reduce("sum", "q", attn()))),))
     assert spec.digest() != decode_spec(changed).digest()
     assert replace(spec, tag="other").digest() == spec.digest()
@@ -108,15 +108,15 @@ def test_the_header_shows_formula_bytes_and_arithmetic() -> None:
     policy = h2o(kv_heads=8, layers=32)
     text = render(decode_spec(policy), header_for(policy, decode_spec(policy), Sizes(4, 8192, GPUS["H100"])))
     header = ast.get_docstring(ast.parse(text)) or ""
-    # 4 sequences, 8 heads, 8192 entries of 512 bytes: 128 MiB; logits 2 x 4 heads x 4 B, state 8 B an entry.
+    # 4 sequences, 8 heads, 8192 entries of 512 bytes: 128 MiB; logits 2 x 4 heads x 2 B, state 8 B an entry.
     for part in (
         "mean[g] sum[q] attn",
         "keys and values 128.0 MiB",
-        "logits out and in 8.0 MiB",
+        "logits out and in 4.0 MiB",
         "states in and out 2.0 MiB",
     ):
         assert part in " ".join(header.split()), header
-    want = (128 + 8 + 2) * 2**20 / 3.35e12 * 1e6
+    want = (128 + 4 + 2) * 2**20 / 3.35e12 * 1e6
     assert f"({want:.1f} us) + 2 x 3 us" in " ".join(header.split())
     assert "32 layers of 8 KV heads (any model), two launches a layer" in header
     # Every query of a piece is read once, and there are `group` of them for each key.

@@ -197,6 +197,20 @@ def test_repeated_sequences_bring_what_stands_beside_their_pools(paged):
 
 
 @pytest.mark.parametrize("paged", [False, True])
+def test_repeated_sequences_bring_their_tables_of_stretches(paged):
+    model, limit = limited("graph_kv", paged)
+    said = [Spans([("item", i, i + 1) for i in range(39)], {"item": []})] * 4
+    cache = model(prompt(40, batch=4), spans=said).past_key_values
+    cache.select([0])
+    limit.most = cache.store.bytes_allocated()
+    try:
+        cache.select([0, 0, 0])
+    except CacheFull:
+        assert cache.batch == cache.store.batch == 1
+    assert cache.store.bytes_allocated() <= limit.most
+
+
+@pytest.mark.parametrize("paged", [False, True])
 def test_a_prompt_and_its_candidates_are_refused_together(paged):
     model, limit = limited("keep_all", paged)
     ids = prompt(20).repeat(1, 4)
