@@ -101,6 +101,7 @@ def optimize(
     if positions is not None:
         raise KvCompileError(f"positions={positions!r} is for plain PyTorch models; {type(model).__name__} is another")
     sites = find_sites(model)
+    _refuse_shared(model, sites)
     limit = Limit(most, model)
     processes = processes_of(model, sites[0].attention)
     choice = choose(model, sites, processes, request)
@@ -124,6 +125,19 @@ def _tell(message: str) -> None:
     while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in ("kvcompile", "contextlib"):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, PolicyWarning, stacklevel=depth)
+
+
+def _refuse_shared(model: nn.Module, sites: tuple[AttentionSite, ...]) -> None:
+    """KvCompileError where layers carry the forwards of another optimised model, whose `restore` would take ours."""
+    state = vars(model).get("_kvcompile")
+    mine = None if state is None else state.forward.engine.layers
+    for site in sites:
+        own = vars(site.layer).get("forward")
+        if isinstance(own, LayerForward) and own.layers is not mine:
+            raise KvCompileError(
+                f"layer {site.index} of this {type(model).__name__} belongs to another model, too, which is optimised: "
+                "call kvcompile.restore on that one first, or give each model layers of its own"
+            )
 
 
 def _install(

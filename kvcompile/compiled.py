@@ -113,9 +113,9 @@ def attention(
         _check_variant(module, kvc.variant, scale, query, key, value, kwargs)
     home, dtype = kvc.store[1].device, kvc.store[1].dtype
     if query.device == home and query.dtype == key.dtype == value.dtype == dtype:
-        if isinstance(kvc.store, Site):
+        if isinstance(kvc.store, Site) and not torch.compiler.is_compiling():  # somebody may compile a layer by itself
             return anchor(query, key, value, kvc.store, scale, kvc.phase, kvc.site), None
-        return torch.ops.kvc.anchor_v1(query, key, value, kvc.store, scale, kvc.phase, kvc.site), None
+        return torch.ops.kvc.anchor_v1(query, key, value, list(kvc.store), scale, kvc.phase, kvc.site), None
     moved = (t.to(home, dtype) for t in (query, key, value))
     return torch.ops.kvc.anchor_v1(*moved, list(kvc.store), scale, kvc.phase, kvc.site).to(query.device), None
 

@@ -29,7 +29,7 @@ class ExtentStore(Store):
         self.top = torch.zeros(layers, 1, dtype=torch.int64, device=device)
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
         self.pools = tuple(Pools(plan, 0, dtype, device) for _ in range(layers))
-        self._room = 0  # steps for which every row surely has room; 0: not known
+        self.room = 0  # steps for which every row surely has room; 0: not known
 
     def site(self, layer: int) -> Site:
         pool = self.pools[layer]
@@ -42,7 +42,7 @@ class ExtentStore(Store):
 
     def reserve(self, layer: int, bounds: list[int]) -> None:
         """Make the layer's pool large enough for rows of so many entries (their sum is what counts)."""
-        self._room = 0
+        self.room = 0
         if layer in self.plan.off:
             return
         slots = sum(extent(b) for b in bounds)
@@ -53,13 +53,13 @@ class ExtentStore(Store):
 
     def reserve_step(self, active: Tensor) -> None:
         """Room for one more entry in every row of the active sequences, bool [batch]."""
-        if self._room > 0:  # a step adds one entry a row
-            self._room -= 1
+        if self.room > 0:  # a step adds one entry a row
+            self.room -= 1
             return
         live = list(self.lines)
         room = (self.table[:, :, 1] - self.length)[live]
-        self._room = int(room.min()) - 1
-        if self._room >= 0:
+        self.room = int(room.min()) - 1
+        if self.room >= 0:
             return
         full = (room <= 0) & active.repeat_interleave(self.plan.facts.kv_heads)
         if not bool(full.any()):
@@ -78,7 +78,7 @@ class ExtentStore(Store):
 
     def settle(self) -> None:
         """After entries went: rows that shrank leave room to others, layers that evicted most give memory back."""
-        self._room = 0
+        self.room = 0
         loose = self.table[:, :, 1] - self.length > self.length // 32 + 2 * SLACK
         for layer, row in loose.nonzero().tolist():
             self.table[layer, row, 1] = extent(int(self.length[layer, row]))
@@ -94,6 +94,7 @@ class ExtentStore(Store):
     def resize(self, layer: int, slots: int) -> None:
         old, lengths = self.site(layer), self.length[layer].tolist()
         new = self.new_pools(slots)
+        self.room = 0
         self.transient = max(self.transient, self.pools[layer].nbytes)
         self.put(layer, new)
         tail = 0

@@ -143,6 +143,7 @@ def _select_extents(store: ExtentStore, sequences: Sequence[int]) -> None:
     tables = [_extents_of(store, layer, rows, again, *found) for layer, found in enumerate(homes)]
     store.length = _into(store.length, store.length[:, rows])
     store.table = _into(store.table, torch.stack(tables))
+    store.room = 0  # copies have less of it than rows that once held more
 
 
 def _room(

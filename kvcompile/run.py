@@ -160,15 +160,15 @@ class Run:
         """The figures of the report, in its keys. `lengths` is that of the first sequence; ratios are means over
         sequences of each one's own ratio, `by_head` [layer][KV head]."""
         tally, total = self.tally, torch.tensor(self.tokens, dtype=torch.float64).clamp(min=1)
-        tally.settle()
+        area, widest, widest_sum = (t.cpu() for t in tally.settled())
         heads = self.plan.facts.layers * self.plan.facts.kv_heads
         triangles = torch.tensor(self.triangles)[:, None] * tally.reads.cpu()
-        spent = (tally.area.cpu() + triangles) / (total * (total + 1) / 2)[:, None]
+        spent = (area + triangles) / (total * (total + 1) / 2)[:, None]
         return {
             "footprint": float(spent.mean()),
-            "peak": float((tally.widest_sum.cpu() / (heads * total)).mean()),
+            "peak": float((widest_sum / (heads * total)).mean()),
             "footprint_by_head": spent.mean(1).tolist(),
-            "peak_by_head": (tally.widest.cpu() / total[:, None]).mean(1).tolist(),
+            "peak_by_head": (widest / total[:, None]).mean(1).tolist(),
             "prefill_seconds": self.prefill_seconds,
             "decode_tokens_per_second": self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0,
             **(self._memory() if self._closed is None else self._closed),

@@ -203,7 +203,8 @@ class Store:
         return self._sites
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in _PARTS:  # and nothing of it is changed in place; sites must not keep alive what has been replaced
+        # No part is resized in place, and sites must not keep alive what has been replaced.
+        if name in _PARTS and value is not vars(self).get(name):
             vars(self).update(_sites=None, _beside=None)
         super().__setattr__(name, value)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from kvcompile.kernels.choose import project_spec
 from kvcompile.kernels.contexts_cpp import FEW
@@ -18,6 +19,7 @@ from kvcompile.kernels.cpp_backend.library import cpp_library
 from kvcompile.kernels.plan import PolicyPlan
 
 LEAST = 1 << 18  # bytes of weights from which on a second thread gains more than its call costs
+_PLAIN = (Tensor, Parameter)  # what quantises or shards is a type of its own, with a dtype but without numbers in place
 _address, _long = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -34,14 +36,15 @@ class Project:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """x [..., columns], weight [lines, columns], bias [lines] or None; gives [..., lines] or None."""
+        if torch.compiler.is_compiling() or not self._reads(weight) or not self._reads(x):
+            return None
+        if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or weight.nbytes < LEAST:
+            return None
         lines, columns = weight.shape
-        rows, rest = divmod(x.numel(), columns)
-        threads = torch.get_num_threads()
-        if not 0 < rows <= FEW or rest or x.shape[-1] != columns or threads == 1:
+        if bias is not None and (not self._reads(bias) or bias.shape != (lines,)):  # torch spreads one number over all
             return None
-        if not self._reads(weight) or not self._reads(x) or weight.nbytes < LEAST:
-            return None
-        if bias is not None and not self._reads(bias):
+        rows, threads = x.numel() // max(1, columns), torch.get_num_threads()
+        if not 0 < rows <= FEW or threads == 1:
             return None
         out = x.new_empty((*x.shape[:-1], lines))
         at = None if bias is None else bias.data_ptr()
@@ -49,7 +52,9 @@ class Project:
         return out
 
     def _reads(self, tensor: Tensor) -> bool:
-        return tensor.dtype is self._dtype and tensor.is_cpu and tensor.is_contiguous()
+        if type(tensor) not in _PLAIN or tensor.dtype is not self._dtype or tensor.layout is not torch.strided:
+            return False
+        return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def project_of(plan: PolicyPlan) -> Project | None:

@@ -71,7 +71,26 @@ def test_more_dimensions_and_extreme_numbers() -> None:
     torch.testing.assert_close(found, truth, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", ("many rows", "no row", "other dtype", "strided", "one thread", "bias elsewhere"))
+class Quantised(Tensor):
+    """As libraries that quantise have them: a dtype like the model's, and no numbers of it in memory."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...]) -> Quantised:
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)  # type: ignore[attr-defined, no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> None:
+        raise NotImplementedError(func)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "case",
+    (
+        "many rows", "no row", "other dtype", "strided", "one thread", "bias elsewhere", "bias of one number",
+        "no column", "sparse", "a type of its own", "negated lazily",
+    ),
+)  # fmt: skip
 def test_what_it_does_not_take_is_left_to_torch(case: str) -> None:
     x, weight, bias = drawn(1, "float32", 1, 32), drawn(2, "float32", 8, 32), drawn(3, "float32", 8)
     match case:
@@ -87,6 +106,16 @@ def test_what_it_does_not_take_is_left_to_torch(case: str) -> None:
             torch.set_num_threads(1)
         case "bias elsewhere":
             bias = bias.to("meta")
+        case "bias of one number":
+            bias = bias[:1]
+        case "no column":
+            x, weight = x[:, :0], weight[:, :0]
+        case "sparse":
+            weight = weight.to_sparse_csr()
+        case "a type of its own":
+            weight = Quantised((8, 32))
+        case "negated lazily":
+            x = torch._neg_view(x)
     assert kernel("float32")(x, weight, bias) is None
 
 

@@ -50,6 +50,33 @@ def conserved(cache):
         assert bool((store.length[layer] <= store.table[layer, :, 1]).all())
 
 
+def test_room_that_crop_left_is_not_counted_on_after_a_repeat():
+    model = model_of("keep_all")
+    _, cache = call(model, torch.tensor([tokens(40)]))
+    cache.crop(29)  # leaves its row more room than a copy of it gets
+    step(model, cache, [5])
+    cache.select([0, 0])
+    for token in range(6):
+        step(model, cache, [token, token])
+        conserved(cache)
+
+
+@pytest.mark.parametrize("name", ["keep_all", "streaming_compact"])
+def test_sites_stay_from_step_to_step_and_follow_what_moves(name):
+    model = model_of(name)
+    _, cache = call(model, torch.tensor([tokens(20)]))
+    step(model, cache, [5])
+    sites = cache.store.sites()
+    step(model, cache, [6])
+    assert cache.store.sites() is sites
+    cache.select([0, 0])
+    step(model, cache, [7, 7])
+    for layer, site in enumerate(cache.store.sites()):
+        fresh = cache.store.site(layer)
+        assert [t.data_ptr() for t in site if t.numel()] == [t.data_ptr() for t in fresh if t.numel()]
+        assert site.clock is cache.store.clock and site is not sites[layer]
+
+
 # -- shared prefixes -------------------------------------------------------------------------------------------------
 
 

@@ -130,6 +130,30 @@ def test_restore_leaves_no_forward_behind_and_others_stay() -> None:
     assert wrapped.forward is mine and not any("forward" in vars(m) for m in model.modules() if m is not wrapped)
 
 
+@pytest.mark.parametrize("part", ("mlp.down_proj", "self_attn"))
+def test_a_part_that_somebody_compiles_whole_means_the_same(part: str) -> None:
+    model = kvcompile.optimize(random_model(), "keep_all", backend="cpu" if part != "self_attn" else "reference")
+    cache = prefilled(model)
+    with torch.no_grad():
+        truth = model(ids(1), past_key_values=cache.clone()).logits
+        for layer in model.model.layers:
+            layer.get_submodule(part).compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(model(ids(1), past_key_values=cache).logits, truth, atol=1e-5, rtol=1e-5)
+
+
+def test_models_that_share_layers_are_optimised_one_at_a_time() -> None:
+    model = random_model()
+    other = type(model)(copy.deepcopy(model.config))
+    other.model = model.model
+    kvcompile.optimize(model, "keep_all", backend="cpu")
+    with pytest.raises(kvcompile.KvCompileError, match="another model"):
+        kvcompile.optimize(other, "keep_all", backend="cpu")
+    kvcompile.optimize(model, "keep_all", backend="cpu")  # its own layers are no other's
+    kvcompile.restore(model)
+    kvcompile.restore(kvcompile.optimize(other, "keep_all", backend="cpu"))
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
 def test_a_forward_that_fails_leaves_the_switch_off() -> None:
     switch = Projections(None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError), switch.during(True):

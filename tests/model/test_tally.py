@@ -78,3 +78,16 @@ def test_sums_are_those_of_every_forward(policy: str, seed: int, monkeypatch: py
     tally.settle()
     for name in ("area", "widest", "widest_sum"):
         assert torch.equal(getattr(tally, name), getattr(truth[0], name)), name
+
+
+def test_to_ask_for_figures_leaves_the_account_to_the_thread_that_steps() -> None:
+    model, ids = kvcompile.optimize(random_model(), "keep_all", backend="cpu"), torch.tensor([tokens(12)])
+    with torch.no_grad():
+        cache = model(ids[:, :8]).past_key_values
+        for t in range(8, 12):
+            model(ids[:, t : t + 1], past_key_values=cache)
+    before = dict(vars(cache.run.tally))
+    found = cache.stats()
+    assert all(value is before[name] for name, value in vars(cache.run.tally).items())
+    cache.run.tally.settle()
+    assert cache.stats() == found
