@@ -1,7 +1,7 @@
 """Whether anything listens to torch's dispatcher, so that work must go through operators to be seen.
 
-Where nothing does, the functions behind operators may be called as they are: of an operator with a layer's tensors the
-dispatcher alone takes as long as reading 100 entries does.
+Where nothing does, the functions behind operators may be called as they are: an operator hands each of a layer's
+tensors to the dispatcher and back.
 """
 
 from __future__ import annotations

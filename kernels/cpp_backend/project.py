@@ -18,7 +18,7 @@ from kvcompile.kernels.contexts_cpp import FEW
 from kvcompile.kernels.cpp_backend.library import cpp_library
 from kvcompile.kernels.plan import PolicyPlan
 
-LEAST = 1 << 18  # bytes of weights from which on a second thread gains more than its call costs
+LEAST = 1 << 18  # bytes of weights below which a call is thought to cost what a second thread gains
 _PLAIN = (Tensor, Parameter)  # what quantises or shards is a type of its own, with a dtype but without numbers in place
 _address, _long = ctypes.c_void_p, ctypes.c_int64
 

@@ -24,7 +24,7 @@ def layer_of(site: Site) -> int:
 
 
 def c_site(site: Site, kv_heads: int) -> CSite:
-    """The site's addresses, kept with it: to look up each tensor anew costs more than a small layer's attention."""
+    """The site's addresses, kept with it: else eleven tensors are looked at in every layer of every step."""
     found = vars(site).get(_KEPT)
     if found is None:
         numbers = (

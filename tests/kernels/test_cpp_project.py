@@ -15,7 +15,10 @@ from kvcompile.kernels.cpp_backend.project import LEAST, Project, project_of
 from kvcompile.kernels.plan import ModelFacts
 from kvcompile.passes import compile_policy
 
-pytestmark = pytest.mark.skipif(says_why_not() is not None, reason=str(says_why_not()))
+pytestmark = [
+    pytest.mark.skipif(says_why_not() is not None, reason=str(says_why_not())),
+    pytest.mark.usefixtures("small_linear_layers"),
+]
 CLOSE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}  # half a unit in the last place, and a little
 
 
@@ -23,15 +26,6 @@ def kernel(dtype: str) -> Project:
     made = project_of(compile_policy("keep_all", ModelFacts(2, 4, 2, 32, dtype)).plan)
     assert made is not None
     return made
-
-
-@pytest.fixture(autouse=True)
-def two_threads_and_small_weights(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(projecting, "LEAST", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(seed: int, dtype: str, *shape: int) -> Tensor:

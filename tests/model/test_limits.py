@@ -182,11 +182,8 @@ def limited(policy, paged, **options):
     return model, model.forward.engine.limit
 
 
-@pytest.mark.parametrize("paged", [False, True])
-def test_repeated_sequences_bring_what_stands_beside_their_pools(paged):
-    """Pools that have room for repeats, since others were released, and newest queries that have not."""
-    model, limit = limited("snapkv", paged, budget=40, observe=32)
-    cache = model(prompt(60, batch=4)).past_key_values
+def repeat_within(limit, cache):
+    """One sequence of several stays and is repeated where nothing more may be allocated: refused, or within."""
     cache.select([0])
     limit.most = cache.store.bytes_allocated()
     try:
@@ -194,6 +191,14 @@ def test_repeated_sequences_bring_what_stands_beside_their_pools(paged):
     except CacheFull:
         assert cache.batch == cache.store.batch == 1
     assert cache.store.bytes_allocated() <= limit.most
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_repeated_sequences_bring_what_stands_beside_their_pools(paged):
+    """Pools that have room for repeats, since others were released, and newest queries that have not."""
+    model, limit = limited("snapkv", paged, budget=40, observe=32)
+    cache = model(prompt(60, batch=4)).past_key_values
+    repeat_within(limit, cache)
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -201,13 +206,7 @@ def test_repeated_sequences_bring_their_tables_of_stretches(paged):
     model, limit = limited("graph_kv", paged)
     said = [Spans([("item", i, i + 1) for i in range(39)], {"item": []})] * 4
     cache = model(prompt(40, batch=4), spans=said).past_key_values
-    cache.select([0])
-    limit.most = cache.store.bytes_allocated()
-    try:
-        cache.select([0, 0, 0])
-    except CacheFull:
-        assert cache.batch == cache.store.batch == 1
-    assert cache.store.bytes_allocated() <= limit.most
+    repeat_within(limit, cache)
 
 
 @pytest.mark.parametrize("paged", [False, True])

@@ -16,16 +16,10 @@ from kvcompile.kernels.cpp_backend.build import says_why_not
 from kvcompile.projections import Projections
 from tests.models import random_model, tokens
 
-pytestmark = pytest.mark.skipif(says_why_not() is not None, reason=str(says_why_not()))
-
-
-@pytest.fixture(autouse=True)
-def two_threads_and_small_weights(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(projecting, "LEAST", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(says_why_not() is not None, reason=str(says_why_not())),
+    pytest.mark.usefixtures("small_linear_layers"),
+]
 
 
 @pytest.fixture
