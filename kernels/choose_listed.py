@@ -117,7 +117,7 @@ def listed_blocks(plan: PolicyPlan) -> KernelSpec:
     spec = blocks_spec(plan)
     facts: dict[str, Fact] = {"tile": TILE, "size": size, "sets": sets, "chooses": " ".join(map(str, chooses))}
     spec = replace(spec, holes=tuple(sorted({**dict(spec.holes), **holes}.items())))
-    return _with(spec, **facts, **defaults.prefill(plan.facts))
+    return _with(spec, **facts, **defaults.blocks(plan.facts))
 
 
 def reads_in_pieces(plan: PolicyPlan) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from kvcompile.kernels.signatures import (
     counts_near,
     offline_lines,
     padded,
+    programs,
     registers,
     registers_of_three,
     wide,
@@ -33,7 +34,7 @@ def context(spec: KernelSpec) -> Context:
     """The template's names beside the facts; `formulas` are the lines of the header."""
     made = _CONTEXTS[spec.template](spec)
     base: Context = {"formulas": (), "log2e": LOG2E, "overrun": OVERRUN, "offline": offline_lines(spec)}
-    return base | {"registers": registers(spec)} | _size(spec) | attention(spec) | made
+    return base | {"registers": registers(spec), "programs": programs(spec)} | _size(spec) | attention(spec) | made
 
 
 def _size(spec: KernelSpec) -> Context:

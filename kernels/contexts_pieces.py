@@ -51,7 +51,9 @@ def chosen(spec: KernelSpec) -> Context:
         "marks_own": bool(spec.fact("own")),
         "marks": [(name, int(at), spec.number("head_dim")) for name, at in places if name in asked],
         "dots": dots,
-        "halves": any(dot["halves"] for dot in dots),
+        "n_split": sum(dot["split"] is not None for dot in dots),
+        "parted": [name for dot in dots if dot["split"] is not None for name in dot["names"]],
+        "loaded": [name for dot in dots if dot["split"] is None for name in dot["names"]],
         "direct": not soft and outer is None,
         "parts": parts,
         "each_heads": pad if grouped else 1,
@@ -59,10 +61,11 @@ def chosen(spec: KernelSpec) -> Context:
         "whole_grouped": whole_axes == "qgu",
         "heads": pad if final == "qgu" else 1,
         "block_q": queries,
-        "block_s": max(1, 4096 // pad),
+        "block_s": max(1, 1024 // pad),
         "whole_text": _piece_lines(whole, grouped, soft),
         "formula_text": _formula_lines(whole, grouped),
-        "kept": 2048 * spec.number("warps"),
+        # 64 of a thread; where they are summed, too, half as many, or it spills.
+        "kept": (1024 if spec.fact("rank") == "cover" else 2048) * spec.number("warps"),
         "whole_value": whole.result,
         "outer": outer,
         "outer_value": outer and outer.result,
@@ -147,10 +150,12 @@ def _products(spec: KernelSpec, parts: tuple[Expr, ...]) -> tuple[list[Context],
             if own and not as_kept and not single:
                 raise Unprintable(f"the product of {spell(a)} and {spell(b)} has no Triton form in a piece yet")
             precision = "ieee" if single or as_kept else "tf32x3"
-            halves = not own and spec.fact("dtype") == "bfloat16" and _keeps_bits(a)
-            cast = ".to(q.dtype.element_ty)" if halves else cast
-            made = {"name": name, "q": q, "mark": mark, "cast": cast, "precision": precision, "halves": halves}
-            dots.append(made)
+            split = None
+            if not own and not single and _keeps_bits(a):
+                cast, split = ".to(q.dtype.element_ty)", sum(dot["split"] is not None for dot in dots)
+            names = sorted({words_of(node)[1] for node in b.walk() if node.op == "landmark"})
+            made = {"name": name, "q": q, "mark": mark, "names": names, "cast": cast, "precision": precision}
+            dots.append(made | {"split": split})
             known[pair] = name
         return known[pair]
 

@@ -50,6 +50,13 @@ def prefill(facts: ModelFacts) -> Facts:
     return {"block_m": m, "block_n": n, "warps": 8, "stages": stages}
 
 
+def blocks(facts: ModelFacts) -> Facts:
+    """Prefill by lists also holds what each query has chosen: at 64 channels half as many entries spill nothing, at 128
+    a few addresses are put away outside the loops on sm_80."""
+    plain = prefill(facts)
+    return plain | {"block_n": min(32, int(plain["block_n"]))}
+
+
 def columns(facts: ModelFacts, window: int) -> Facts:
     """A tile of logits is [block_n, block_q]; window: 0 where all queries of a prefill are read.
 
@@ -73,10 +80,10 @@ def units(facts: ModelFacts) -> Facts:
 
 
 def chosen(facts: ModelFacts) -> Facts:
-    """A tile of scores is [block_m queries and query heads, block_n units]: float32 landmarks of a bfloat16 model are
-    taken apart for every tile of queries, which is a smaller part of the work where it has more of them. Two programs
-    share a multiprocessor, so it spills, at most a KiB a thread, hardly any of it in the rounds of the search."""
-    side = power_of_two(facts.head_dim)
+    """A tile of scores is [block_m queries and query heads, block_n units]. Several programs share a multiprocessor
+    (`signatures.programs`). In float32 a thread keeps what it has read of queries for all products of a formula, so
+    more of them would spill.
+    """
     if facts.dtype == "float32":
-        return {"block_m": 32, "block_n": 16 if side > 64 else 32, "warps": 8}
-    return {"block_m": 128 if side <= 128 else 64, "block_n": 64 if side <= 64 else 32, "warps": 8}
+        return {"block_m": 16, "block_n": 16, "warps": 8}
+    return {"block_m": 64, "block_n": 32 if power_of_two(facts.head_dim) <= 128 else 16, "warps": 4}

@@ -180,7 +180,7 @@ def _choice_of_entries(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tupl
 # of 128, 4 of a KV head, landmarks in float32): landmark to key; a key's load, ends of its line, its bit; a round of
 # the search. Rounds: the mean over draws of 16 lines of 512 normal scores of which 51 win, until all lines are done;
 # of queries that choose alike it is 1 or 2. Tiles are as wide as a power of two.
-TO_KEY, TO_BIT, ROUND, ROUNDS, PADDED = 34, 28, 6, 13, 4 / 3
+TO_KEY, TO_BIT, ROUND, ROUNDS, PADDED = 29, 28, 6, 13, 4 / 3
 IN_PARTS = 3  # products that a float32 landmark takes
 
 
@@ -202,10 +202,13 @@ def _chosen(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, T
         ("scores out and in", 8 * lines * marked // 2),
         ("what is chosen", 4 * tokens * sets * -(-units // 32)),
     ]
-    products = 1 if spec.fact("own") else IN_PARTS
+    split = not spec.fact("own") and facts.dtype != "float32"
+    if split:  # into three parts of half their bytes each, which lie in the cache for tiles of queries
+        parts.append(("landmarks in parts, out and in", marks // 2 * IN_PARTS * 2))
+    products = IN_PARTS if split else 1
     lanes = lines * marked // 2 * TO_KEY + int(tokens * sets * units // 2 * PADDED * (TO_BIT + ROUNDS * ROUND))
     work = lines * marked * facts.head_dim * products  # half of the pairs, a multiplication and an addition each
-    return (query,), Traffic(tuple(parts), 2, operations=work, lanes=lanes)
+    return (query,), Traffic(tuple(parts), 2 + split, operations=work, lanes=lanes)
 
 
 def _spans(plan: PolicyPlan, spec: KernelSpec, sizes: Sizes) -> tuple[Shapes, Traffic]:

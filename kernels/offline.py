@@ -152,8 +152,8 @@ def _compile(
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
     aligned |= {(names.index(name),): [["tt.divisibility", 16]] for name in _EVEN if name in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    # Where matrix instructions read registers there is one limit, on sm_90 another one, on sm_100 none.
-    by_arch = {9: options.get("maxnreg_of_wgmma"), 10: None}
+    # Where matrix instructions read registers there is one limit, on sm_90 and sm_100 another one or none.
+    by_arch = {9: options.get("maxnreg_of_wgmma"), 10: options.get("maxnreg_of_tcgen05")}
     limit = by_arch.get(cc // 10, options.get("maxnreg_of_mma"))
     options = {name: value for name, value in options.items() if not name.startswith("maxnreg_of_")}
     options |= {"maxnreg": limit} if limit is not None else {}

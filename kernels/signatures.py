@@ -28,23 +28,31 @@ def offline(spec: KernelSpec) -> tuple[Entry, ...]:
 
 
 def registers(spec: KernelSpec) -> int:
-    """The most registers of a thread that leave room for one program.
+    """The most registers of a thread that leave room for one program, or as many as `programs` says.
 
-    Left to itself, the assembler spills a few bytes wherever that lets one more program onto a multiprocessor. Where
-    queries of a piece choose, there are two programs: one of them multiplies or waits while the other one counts.
+    Left to itself, the assembler spills a few bytes wherever that lets one more program onto a multiprocessor.
     """
-    programs = 2 if spec.template == "chosen" and not wide(spec) else 1
-    return min(255, 65536 // (32 * programs * spec.number("warps")))
+    return min(255, 65536 // (32 * programs(spec) * spec.number("warps")) // 8 * 8)
+
+
+def programs(spec: KernelSpec) -> int:
+    """How many programs a multiprocessor has to have room for.
+
+    Where queries of a piece choose it is eight warps: one program multiplies or waits while another one counts. With
+    more of them, and so less than 255 registers, a thread cannot keep 64 scores and what belongs to them.
+    """
+    return max(1, 8 // spec.number("warps")) if spec.template == "chosen" else 1
 
 
 def registers_of_three(spec: KernelSpec) -> int:
     """The most registers of a thread that leave room for three programs of a decode on Hopper; 0: no limit.
 
     Three are launched for each multiprocessor. Left to itself, the assembler takes 150 to 220, by how many rows there
-    are, and mostly two fit. With more in each step, or other numbers of warps, a limit would spill.
+    are, and mostly two fit. With more in each step, or other numbers of warps, a limit would spill. On Blackwell it
+    would, too, but where entries come by lists, whose tiles are half as large: without one a few bytes spill there.
     """
     facts = dict(spec.facts)
-    more = spec.template != "decode" or facts.get("softcap") or facts.get("sliding") or wide(spec)
+    more = spec.template not in ("decode", "spans") or facts.get("softcap") or facts.get("sliding") or wide(spec)
     return 0 if more or spec.number("warps") != 4 else 65536 // (32 * 3 * 4) // 8 * 8
 
 
@@ -116,7 +124,8 @@ def _decode(spec: KernelSpec) -> tuple[Entry, ...]:
     )
     options = {"num_warps": spec.number("warps"), "num_stages": spec.number("stages")}
     options["maxnreg" if wide(spec) else "maxnreg_of_mma"] = registers(spec)
-    options |= {"maxnreg_of_wgmma": registers_of_three(spec)} if registers_of_three(spec) else {}
+    if three := registers_of_three(spec):
+        options |= {"maxnreg_of_wgmma": three} | ({"maxnreg_of_tcgen05": three} if spec.template == "spans" else {})
     keeps = spec.fact("logits") != "none"
     combine = {"GROUP_TILE": power_of_two(spec.number("group")), "BLOCK_S": 128, "BLOCK_U": combine_units(spec)}
     return (
@@ -356,20 +365,28 @@ def _chosen(spec: KernelSpec) -> tuple[Entry, ...]:
     last = ("tiles_kernel", _types(second.replace(" lists", " anys lists") + " chunks words"), shape, options)
     dtype = dtype_name(str(spec.fact("dtype")))
     kept, width = dtype if spec.fact("own") else "fp32", spec.number("head_dim")
-    types = _types(
-        f"*T: q; *{kept}: marks; *i64: peek; *i32: readers keys bits anys; *fp32: scores wholes; {clock}; {sizes} "
-        "q_b q_h q_n stretch begins_at chunks blocks score_units units words",
-        dtype,
-    )
+    first = f"*T: q; *{kept}: marks; *i64: peek; *i32: readers keys bits anys; *fp32: scores wholes; {clock}; {sizes}"
+    first += " q_b q_h q_n stretch begins_at chunks blocks score_units units words"
+    types = _types(f"{first}; *T: split; *fp32: scales" if made["n_split"] else first, dtype)
     constants: dict[str, object] = {"GROUP": spec.fact("group"), "GROUP_PAD": made["group_pad"], "D": width}
     constants |= own | {"D_PAD": padded(width), "BLOCK_U": spec.fact("block_n")}
-    constants |= {"BLOCK": max(32, made["block_s"] // made["block_q"]), "KEPT": made["kept"]}
+    constants |= {"BLOCK": max(16, made["block_s"] // made["block_q"]), "KEPT": made["kept"]}
     constants |= {"LONGEST": 2048, "ONCE": True}
     names = {"MARK_SIZE": "inner_size", "MARK_STRIDE": "inner_stride", "MARK_EACH": "inner_each", "WIDTH": "width"}
     names |= {"CHANNELS": "inner_channels", "FIRST": "inner_first"}
     constants |= {key: spec.fact(name) for key, name in names.items()}
     constants |= {"EACH": made["each_heads"], "WHOLE": made["whole_heads"], "HEADS": made["heads"]}
-    return (("chosen_kernel", types, constants, _options(spec) | {"num_stages": 2}), last)
+    found: tuple[Entry, ...] = (("chosen_kernel", types, constants, _options(spec) | {"num_stages": 2}), last)
+    if not made["n_split"]:
+        return found
+    typed = _types(
+        f"*i64: new start layer; *i32: by readers; *{kept}: marks; *T: split; *fp32: scales; i32: clock_b blocks "
+        "score_units rows kv_heads read",
+        dtype,
+    )
+    block: dict[str, object] = {key: spec.fact(name) for key, name in names.items()}
+    block |= {"D": width, "D_PAD": padded(width), "BLOCK": spec.fact("block_n")}
+    return (("split_kernel", typed, block, options), *found)
 
 
 _TABLES = {

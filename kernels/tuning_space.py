@@ -37,7 +37,7 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "blocks": {"block_m": (64, 128), "block_n": (32, 64), "warps": (4, 8), "stages": (2, 3, 4)},
     "marks": {"block_n": (16, 32, 64), "warps": (2, 4, 8)},
     "units": {"block_n": (4, 8, 16, 32), "warps": (4, 8)},
-    "chosen": {"block_n": (16, 32, 64), "warps": (4, 8)},
+    "chosen": {"block_m": (64, 128), "block_n": (16, 32), "warps": (4, 8)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
     "evict": {"warps": (2, 4, 8, 16)},
     "select": {"warps": (4, 8, 16)},

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 import kvcompile
 from kvcompile.kernels.choose_listed import (
@@ -22,6 +25,7 @@ from kvcompile.kernels.choose_listed import (
 )
 from kvcompile.kernels.plan import ClassPlan, ModelFacts, Region
 from kvcompile.kernels.triton_backend import reads
+from kvcompile.kernels.tuning_space import default, with_config
 from kvcompile.passes import compile_policy
 from tests.driving import drive, examples, one_by_one
 from tests.kernels.triton_interpreted.plans import STEP, module
@@ -107,6 +111,69 @@ def test_lists_of_a_piece_are_those_of_the_definition(tmp_path_factory, name: st
     assert not unequal(made, inputs)
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def real_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies the bits of bfloat16 as integers: here it multiplies the numbers."""
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def number(of: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if of.dtype.scalar != tl.bfloat16:
+            return of
+        return interpreter.TensorHandle((of.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, number(a), number(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", some(("moba", "infllm", "cover"), ("moba",)))
+def test_a_piece_of_half_precision_chooses_by_all_bits_of_its_landmarks(
+    tmp_path: Path, real_dots: None, name: str, dtype: torch.dtype
+) -> None:
+    """Landmarks are sums of 20 bits, which only three parts of bfloat16 hold; no sum of products rounds in float32."""
+    plan = EVERY[name](head_dim=16, dtype=str(dtype).removeprefix("torch."))
+    made = module(plan, listed_piece(plan, 0), tmp_path)
+    inputs = made.example("cpu", dtype, small=True)
+    inputs["marks"] = inputs["marks"].mul(2**17).round().clamp(-(2**19), 2**19 - 1)
+    if name != "moba":
+        inputs["marks"] *= 2.0**-21  # softmax follows
+    inputs["q"] = inputs["q"].clamp(-1, 1).round()
+    assert not unequal(made, inputs)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_landmarks_of_any_size_are_taken_apart_without_loss(
+    tmp_path: Path, real_dots: None, dtype: torch.dtype
+) -> None:
+    plan = moba(head_dim=16, dtype=str(dtype).removeprefix("torch."))
+    made = module(plan, listed_piece(plan, 0), tmp_path)
+    inputs = made.example("cpu", dtype, small=True)
+    inputs["by"][3] = -1  # this row asks nothing of landmarks
+    sizes = torch.tensor([1e-30, 1e-6, 1.0, 1e6, 1e30])
+    inputs["marks"] *= sizes[torch.arange(inputs["marks"].shape[2]) % 5][:, None]
+    inputs["marks"][0, 0, 0, 3], inputs["marks"][0, 1, 1, 4], inputs["marks"][1, 0, 2] = float("inf"), float("nan"), 0.0
+    inputs["marks"][1, 0, 3, :2] = torch.tensor([3.4028234663852886e38, 1e-38])
+    made.launch(**inputs)
+    split, scales = inputs["out"]["split", 0]
+    assert split.dtype == dtype and split.shape[1:3] == (1, 3)
+    for row in range(3):
+        b, h = divmod(row, 2)
+        marked = (75 + int(inputs["new"][b])) // made.MARK_SIZE
+        want = inputs["marks"][h, b].reshape(-1, made.CHANNELS)[:marked].double()
+        parts = split[row, 0, :, :marked].double()
+        parts[1:] = parts[1:].where(want.isfinite(), 0.0)  # a product takes the largest part for what is not finite
+        seen = parts.sum(0) * scales[row, 0, :marked].double()[:, None]
+        whole = want.isfinite().all(1)
+        largest = want.abs().amax(1, keepdim=True)
+        assert torch.equal(seen[~whole].isfinite(), want[~whole].isfinite()) and (row or int((~whole).sum()) == 1)
+        assert bool(((seen - want).abs() <= 2.0**-23 * (want.abs() + 2.0**-15 * largest))[whole].all())
+
+
 @pytest.mark.parametrize("form", ["step", pytest.param("piece", marks=pytest.mark.slow)])
 def test_more_units_than_registers_hold_are_chosen_alike(tmp_path: Path, form: str) -> None:
     plan = moba(size=1, n=7)
@@ -178,7 +245,8 @@ def test_a_step_over_spans_of_half_precision_is_as_near_as_one_over_rows(tmp_pat
 def test_a_tile_of_units_of_one_position_finds_the_bits_of_all_of_them(tmp_path: Path) -> None:
     """64 units from one that begins no word lie in three words."""
     plan = moba(size=1, dtype="float16")
-    made = module(plan, listed_blocks(plan), tmp_path)
+    spec = listed_blocks(plan)
+    made = module(plan, with_config(spec, tuple(sorted((dict(default(spec)) | {"block_n": 64}).items()))), tmp_path)
     assert made.BLOCK_N == 64 and int(made.example("cpu", torch.float32, small=True)["start"][0]) % 32
     assert made.check() == 0
 
