@@ -135,8 +135,8 @@ def real_dots(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_piece_of_half_precision_chooses_by_all_bits_of_its_landmarks(
     tmp_path: Path, real_dots: None, name: str, dtype: torch.dtype
 ) -> None:
-    """Units differ in the last bits of 19, which only three parts of bfloat16 hold, and no sum of products rounds; where
-    a softmax follows, which rounds, they differ by more."""
+    """Units differ in the last bits of 19, which only three parts of bfloat16 hold, and no sum of products rounds;
+    where a softmax follows, which rounds, they differ by more."""
     plan = EVERY[name](head_dim=16, dtype=str(dtype).removeprefix("torch."))
     made = module(plan, listed_piece(plan, 0), tmp_path)
     inputs = made.example("cpu", dtype, small=True)
