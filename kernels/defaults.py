@@ -1,7 +1,7 @@
 """Launch constants of kernels that nothing was tuned for.
 
 Takes a model's facts, gives the facts that `tuning_space.KNOBS` may change. Guarantees: compiled by Triton 3.7.1 for
-sm_80, sm_89, sm_90 and sm_100, no kernel spills at head sizes 64, 96, 128 and 256, but what `chosen` and `prefill` say.
+sm_80, sm_89, sm_90 and sm_100, no kernel spills at head sizes 64, 96, 128 and 256, but what `blocks` says.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ def spans(facts: ModelFacts) -> Facts:
 
 
 def prefill(facts: ModelFacts) -> Facts:
-    """The largest tiles, lines by entries, that do not spill on any of them; but float32 at 256 does, about 500 bytes:
-    no smaller tile can be multiplied."""
+    """The largest tiles, lines by entries, that do not spill on any of them. In float32 a thread of 256 channels keeps
+    what it has read of queries beside two tiles in flight, and spills: there is one tile, and twice the threads."""
     side = power_of_two(facts.head_dim)
     if facts.dtype == "float32":
-        m, n, stages = (64 if side <= 64 else 16), 16, 2
+        m, n, warps, stages = (64, 16, 8, 2) if side <= 64 else (16, 16, 8, 2) if side <= 128 else (32, 16, 16, 1)
     else:
-        m, n, stages = (128, 64, 3) if side <= 64 else (128, 32, 3) if side <= 128 else (64, 32, 2)
-    return {"block_m": m, "block_n": n, "warps": 8, "stages": stages}
+        m, n, warps, stages = (128, 64, 8, 3) if side <= 64 else (128, 32, 8, 3) if side <= 128 else (64, 32, 8, 2)
+    return {"block_m": m, "block_n": n, "warps": warps, "stages": stages}
 
 
 def blocks(facts: ModelFacts) -> Facts:
     """Prefill by lists also holds what each query has chosen: at 64 channels half as many entries spill nothing, at 128
-    a few addresses are put away outside the loops on sm_80."""
+    a few addresses are put away outside the loops on sm_80, in float32 at 256 on others, too (up to 48 bytes)."""
     plain = prefill(facts)
     return plain | {"block_n": min(32, int(plain["block_n"]))}
 
