@@ -1,7 +1,7 @@
 """Launch constants of kernels that nothing was tuned for.
 
 Takes a model's facts, gives the facts that `tuning_space.KNOBS` may change. Guarantees: compiled by Triton 3.7.1 for
-sm_80, sm_89, sm_90 and sm_100, no kernel spills at head sizes 64, 96, 128 and 256, but what `blocks` says.
+sm_80, sm_89, sm_90 and sm_100, no kernel spills at head sizes 64, 96, 128 and 256, but what `spans` and `blocks` say.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def decode(facts: ModelFacts) -> Facts:
 
 
 def spans(facts: ModelFacts) -> Facts:
-    """Decode that finds its entries through a list holds their addresses, bits and positions beside all the rest."""
+    """Decode that finds its entries through a list holds their addresses, bits and positions beside all the rest. At
+    256 channels some regions spill on sm_80 and sm_89, up to 80 bytes: twice the warps would not, but on Hopper one
+    program would be left of three."""
     plain = decode(facts)
     return plain | {"block_n": max(16, int(plain["block_n"]) // 2)}
 
