@@ -54,7 +54,7 @@ def prefill(facts: ModelFacts) -> Facts:
 
 def blocks(facts: ModelFacts) -> Facts:
     """Prefill by lists also holds what each query has chosen: at 64 channels half as many entries spill nothing, at 128
-    a few addresses are put away outside the loops on sm_80, in float32 at 256 on others, too (up to 48 bytes)."""
+    a few addresses are put away outside the loops on sm_80, in float32 on others, too (up to 68 bytes)."""
     plain = prefill(facts)
     return plain | {"block_n": min(32, int(plain["block_n"]))}
 

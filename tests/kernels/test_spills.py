@@ -116,7 +116,7 @@ OF_READS += [("float16", 64, 1), ("float16", 128, 4), ("float32", 64, 8), ("floa
 @pytest.mark.parametrize(("dtype", "size", "group"), OF_READS)
 def test_no_kernel_of_reads_spills_anywhere(tmp_path: Path, dtype: str, size: int, group: int) -> None:
     found = reading(tmp_path, dtype, size, group, ARCHES)
-    assert spilled(found, prefill_kernel=64, decode_kernel=80 if size == 256 else 0) == []  # as `defaults` says
+    assert spilled(found, prefill_kernel=68, decode_kernel=80 if size == 256 else 0) == []  # as `defaults` says
     hopper = [used for used in found if used.arch == "sm_90" and dtype != "float32"]
     assert not hopper or spilled(hopper) == []
 
